@@ -1,0 +1,93 @@
+"""What snitun_sync raises.
+
+    SniTunError
+    ├── MisuseError            the caller broke a rule of this API
+    ├── ConfigurationError     an option, a file or a field of it is wrong
+    │   ├── UnreadableError    a file that was named can't be read
+    │   └── TicketError        the client's credential is malformed
+    ├── ViolationError         the other side broke the wire protocol
+    │   └── HelloError         a device's first bytes are no TLS ClientHello
+    ├── AuthenticationError    the other side doesn't have the tunnel's key
+    ├── TokenError             a token is malformed, forged or expired
+    ├── LinkError              the connection between client and relay
+    │   ├── UnreachableError   it can't be opened
+    │   ├── RefusedError       the relay closed it before the tunnel was up
+    │   └── LostError          it was up and has ended
+    │       └── TakenOverError   because of another one with the same names
+    ├── ListenError            an address can't be listened on
+    ├── ChannelError           one device's connection was cut
+    └── EndpointError          the local service can't be reached
+
+The text of each names what was found and what was expected; it never holds a
+token or a key.
+"""
+
+from __future__ import annotations
+
+
+class SniTunError(Exception):
+    """Base of everything that snitun_sync raises on purpose."""
+
+
+class MisuseError(SniTunError):
+    """The caller broke a rule of this API."""
+
+
+class ConfigurationError(SniTunError):
+    """An option, a file or a field of it is wrong; the text says which."""
+
+
+class UnreadableError(ConfigurationError):
+    """A file that was named can't be read."""
+
+
+class TicketError(ConfigurationError):
+    """The client's credential is malformed."""
+
+
+class ViolationError(SniTunError):
+    """The other side broke the wire protocol."""
+
+
+class HelloError(ViolationError):
+    """A device's first bytes are no TLS ClientHello."""
+
+
+class AuthenticationError(SniTunError):
+    """The other side doesn't have the tunnel's key."""
+
+
+class TokenError(SniTunError):
+    """A token is malformed, forged or expired."""
+
+
+class LinkError(SniTunError):
+    """The connection between client and relay."""
+
+
+class UnreachableError(LinkError):
+    """No connection to the relay could be opened."""
+
+
+class RefusedError(LinkError):
+    """The relay closed the connection before the tunnel was up."""
+
+
+class LostError(LinkError):
+    """The tunnel was up and has ended."""
+
+
+class TakenOverError(LostError):
+    """Another connection leads the tunnel's names now."""
+
+
+class ListenError(SniTunError):
+    """An address can't be listened on."""
+
+
+class ChannelError(SniTunError):
+    """One device's connection was cut."""
+
+
+class EndpointError(SniTunError):
+    """The local service can't be reached."""

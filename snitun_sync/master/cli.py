@@ -1,0 +1,158 @@
+"""`python -m snitun_sync.master`: new keys and tickets."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+
+from ..errors import ConfigurationError
+from ..program import Parser, crypto, main, read_fernet_keys, set_up_logging
+from ..protocol.aes import load
+from ..protocol.cipher import CIPHERS, IV_SIZE, KEY_SIZE
+from ..protocol.names import is_hostname, normal_hostname, parse_address
+from ..protocol.ticket import RELAY_PORT, Ticket
+from ..protocol.token import Fernet, Payload, new_fernet_key
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Sequence
+
+PROGRAM = "snitun-master"
+
+DESCRIPTION = """\
+Makes the Fernet keys that session master and relay share, and the tickets with which
+clients open their tunnels. Both are secrets: write them to files with mode 600."""
+
+EPILOG = """\
+  umask 077
+  snitun-master new-key > fernet.key
+  snitun-master ticket --fernet-key-file fernet.key --hostname home.example.com \\
+      --server relay.example.com:443 > ticket
+
+exit codes (sysexits.h):
+   0  done
+  64  an option is wrong
+  66  a file can't be read
+  78  a setting is wrong"""
+
+TICKET_DESCRIPTION = """\
+Prints a ticket: the relay's address, the token that the relay accepts, and the key of
+the tunnel, new for each ticket. It is valid for one client at a time."""
+
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+LONGEST_S = 100 * 365 * 86400
+
+
+def parser() -> Parser:
+    """Return the session master's options."""
+    options = Parser(PROGRAM, description=DESCRIPTION, epilog=EPILOG)
+    commands = options.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    new_key = commands.add_parser(
+        "new-key", help="print a new Fernet key", description="Prints a new Fernet key."
+    )
+    new_key.add_common()
+    ticket = commands.add_parser(
+        "ticket", help="print a ticket for a client", description=TICKET_DESCRIPTION
+    )
+    ticket.add_argument(
+        "--fernet-key-file", metavar="FILE", required=True, help="the relay's keys; the first signs"
+    )
+    ticket.add_argument(
+        "--hostname", metavar="NAME", required=True, help="the name that leads to the client"
+    )
+    ticket.add_argument(
+        "--server", metavar="HOST[:PORT]", required=True, help="where the client finds the relay"
+    )
+    ticket.add_argument(
+        "--alias", metavar="NAME", action="append", default=[], help="one more name; repeatable"
+    )
+    ticket.add_argument(
+        "--valid-for", metavar="TIME", default="30d", help="like 90s, 12h, 30d, 8w (default: 30d)"
+    )
+    ticket.add_argument(
+        "--protocol-version", metavar="N", type=int, choices=(0, 1, 2), default=2, help="default: 2"
+    )
+    ticket.add_argument(
+        "--cipher",
+        metavar="NAME",
+        choices=CIPHERS,
+        default="aes-cbc",
+        help=f"{', '.join(CIPHERS)} (default: aes-cbc)",
+    )
+    ticket.add_argument(
+        "--single-use",
+        action="store_true",
+        help="for aes-gcm, whose key must never serve a second connection: the client exits "
+        "when its tunnel ends",
+    )
+    ticket.add_argument("--json", action="store_true", help="print JSON instead of the line")
+    ticket.add_common()
+    return options
+
+
+def make_ticket(options: Namespace, now: float) -> Ticket:
+    """Return the ticket that the options ask for, created at `now`. Raises ConfigurationError."""
+    if options.cipher == "aes-gcm" and not options.single_use:
+        raise ConfigurationError(
+            "--cipher aes-gcm: its key must never serve two connections, so the client can't "
+            "reconnect with the ticket; add --single-use if that is meant, or use aes-cbc or "
+            "aes-gcm-siv"
+        )
+    parse_address(options.server, "--server", default_port=RELAY_PORT)
+    keys = read_fernet_keys(options.fernet_key_file, "--fernet-key-file")
+    aes = load(crypto(options.crypto))
+    payload = Payload(
+        valid=int(now) + _seconds(options.valid_for),
+        hostname=_hostname(options.hostname, "--hostname"),
+        alias=[_hostname(alias, "--alias") for alias in options.alias],
+        aes_key=os.urandom(KEY_SIZE),
+        aes_iv=os.urandom(IV_SIZE),
+        protocol_version=options.protocol_version,
+        cipher=options.cipher,
+    )
+    return Ticket(
+        server=options.server,
+        token=Fernet(keys, aes).seal(payload.to_json(), now, os.urandom),
+        aes_key=payload.aes_key,
+        aes_iv=payload.aes_iv,
+        hostname=payload.hostname,
+        valid=payload.valid,
+        protocol_version=payload.protocol_version,
+        cipher=payload.cipher,
+    )
+
+
+def _hostname(text: str, option: str) -> str:
+    name = normal_hostname(text)
+    if not is_hostname(name):
+        raise ConfigurationError(f"{option}: {text!r} is not a DNS name")
+    return name
+
+
+def _seconds(text: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,10})([smhdw])", text)
+    seconds = int(match[1]) * _UNITS_S[match[2]] if match else 0
+    if not 0 < seconds <= LONGEST_S:
+        raise ConfigurationError(
+            f"--valid-for: {text!r}; expected a number and one of s, m, h, d, w, up to 100 years"
+        )
+    return seconds
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Print what the arguments ask for. Raises SniTunError."""
+    options = parser().parse_args(arguments)
+    set_up_logging(options.log_level)
+    if options.command == "new-key":
+        print(new_fernet_key(os.urandom))
+        return
+    ticket = make_ticket(options, time.time())
+    print(ticket.to_json() if options.json else ticket.to_line())
+
+
+def console() -> int:
+    """The console script `snitun-master`."""
+    return main(PROGRAM, run, sys.argv[1:])

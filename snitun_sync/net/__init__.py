@@ -1,0 +1,1 @@
+"""The only place with sockets: event loop, worker threads, tunnels and bridges."""

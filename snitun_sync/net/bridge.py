@@ -1,0 +1,404 @@
+"""A channel and its local socket: the device's at the relay, the endpoint's at the client.
+
+    OPEN ─ local EOF → FINISHING ─ CLOSE sent ─┐
+      └──── CLOSE received, tunnel stopped ────┴→ ENDING → CLOSED
+      any ─ abort ────────────────────────────────────────→ CLOSED
+
+The socket may come later than the channel (the client connects on a worker
+thread); until then, and whenever the socket is full, what arrives is held, and
+counted against the budget of the process. Above the high watermark the peer is
+paused. In the other direction a bridge reads only while the tunnel can take it.
+
+ENDING is what a well-behaved end takes: what is held is flushed, the sending side
+is shut down, and input is drained until the other side ends too, or 2 s. (To close
+with unread input sends a reset that destroys the last bytes at the receiver.) An
+abort is a reset on purpose.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import struct
+from enum import Enum
+
+from ..errors import ChannelError, EndpointError, SniTunError
+from ..protocol.mux import ChannelState
+from .loop import READ, WRITE, Handler
+from .tuning import (
+    DRAIN_S,
+    HIGH_WATERMARK_BYTES,
+    HIGH_WATERMARK_SHARE,
+    IOV_MAX,
+    LOW_WATERMARK_BYTES,
+    RESUME_READING_SHARE,
+    STALLED_S,
+    TURN_BYTES,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..protocol.mux import Channel
+    from .loop import Timer
+    from .tunnel import Tunnel
+
+log = logging.getLogger("snitun_sync")
+
+_LINGER_RESET = struct.pack("ii", 1, 0)
+# Linux: TCP bytes are discarded in the kernel, without a copy.
+_DISCARD = getattr(socket, "MSG_TRUNC", 0)
+
+
+class BridgeState(Enum):
+    """See the head of this file."""
+
+    OPEN = "open"
+    FINISHING = "finishing"
+    ENDING = "ending"
+    CLOSED = "closed"
+
+
+class Bridges:
+    """All bridges of a process, and the bytes that they may hold together."""
+
+    __slots__ = ("all", "held_bytes", "holding_tunnels", "limit_bytes", "suspended")
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
+        self.all: set[Bridge] = set()
+        self.holding_tunnels = 0
+        """How many tunnels have bridges that hold anything."""
+        self.suspended: set[Tunnel] = set()
+        """Tunnels that are not read until there is room again."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the budget is used up."""
+        return self.held_bytes > self.limit_bytes
+
+    def changed(self, delta: int) -> None:
+        """Account for `delta` more bytes held; let tunnels go on when there is room again."""
+        self.held_bytes += delta
+        if self.suspended and self.held_bytes <= self.limit_bytes * RESUME_READING_SHARE:
+            for tunnel in tuple(self.suspended):
+                tunnel.resume_reading()
+
+
+class Bridge(Handler):
+    """See the head of this file. It owns its socket and frees it, also on the error path."""
+
+    __slots__ = (
+        "_fresh",
+        "_has_eof",
+        "_is_deaf",
+        "_is_shut",
+        "_queue",
+        "_timer",
+        "active_at",
+        "channel",
+        "device",
+        "drained_at",
+        "error",
+        "held_bytes",
+        "opened_at",
+        "state",
+        "tunnel",
+    )
+
+    def __init__(
+        self, tunnel: Tunnel, channel: Channel, device: str, sock: socket.socket | None = None
+    ) -> None:
+        """Bridge `channel` of `tunnel` to `sock`, or to the socket that `connected` will bring.
+
+        `device` is the device's address as text, for the log.
+        """
+        super().__init__(sock)
+        self.tunnel, self.channel, self.device = tunnel, channel, device
+        channel.receiver = self
+        self.state = BridgeState.OPEN
+        self.error: SniTunError | None = None
+        """Why the bridge was aborted; None while it lives and when it ended well."""
+        self.held_bytes = 0
+        """What has been received for the socket and not yet taken by it."""
+        self.opened_at = self.active_at = self.drained_at = tunnel.loop.now
+        self._fresh: list[memoryview] = []  # received in this turn, still in the loop's buffer
+        self._queue = bytearray()
+        self._has_eof = False  # the socket has said its last word
+        self._is_deaf = False  # the socket takes nothing any more; it may still be read
+        self._is_shut = False
+        self._timer: Timer | None = None
+        tunnel.bridges.all.add(self)
+        self._update()
+
+    # --- the local socket --------------------------------------------------------
+
+    def connected(self, sock: socket.socket) -> None:
+        """Take the connected socket; the bridge closes it at once if it has ended meanwhile."""
+        if self.state is BridgeState.CLOSED:
+            sock.close()
+            return
+        self.sock = sock
+        self._write_queue()
+
+    def on_ready(self, events: int) -> None:
+        if events & WRITE:
+            self._write_queue()
+        if events & READ & self.watched:
+            if self.state is BridgeState.ENDING:
+                self._discard()
+            elif self.tunnel.can_send:
+                self._read(TURN_BYTES if self.tunnel.is_throttled else 0)
+            else:
+                self.tunnel.wait_for_turn(self.channel, is_new=True)
+                self._update()
+
+    def take_turn(self) -> None:
+        """Read once and send it: the tunnel has room, and it is this channel's turn."""
+        if self.state is BridgeState.OPEN and not self.channel.is_paused:
+            if self._read(TURN_BYTES) == TURN_BYTES:
+                self.tunnel.wait_for_turn(self.channel, is_new=False)
+            self._update()
+
+    def _read(self, limit: int) -> int:
+        """Read once, at most `limit` bytes (0: what there is room for), and send it on."""
+        assert self.sock is not None
+        loop = self.tunnel.loop
+        room = loop.room()
+        try:
+            size = self.sock.recv_into(room, limit)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            self._local_end(error)
+            return 0
+        if not size:
+            self._local_end(None)
+            return 0
+        self.active_at = loop.now
+        loop.keep(size)
+        self.tunnel.send(self.channel, room[:size])
+        return size
+
+    def _local_end(self, error: OSError | None) -> None:
+        """The socket has said its last word; deliver what it said, then CLOSE."""
+        self.state = BridgeState.FINISHING
+        self._has_eof = True
+        if error is not None:
+            self._drop_queue()
+        self.tunnel.mux.close(self.channel)
+        self._update()
+
+    def _write_queue(self) -> None:
+        """Give the socket what is held for it."""
+        if self._queue and self.sock is not None:
+            try:
+                size = self.sock.send(self._queue)
+            except BlockingIOError:
+                size = 0
+            except OSError:
+                self._drop_queue()
+                return
+            if size:
+                del self._queue[:size]
+                self.active_at = self.drained_at = self.tunnel.loop.now
+                self._held_changed()
+        if self.state is BridgeState.ENDING:
+            self._end_step()
+        else:
+            self._update()
+
+    def _drop_queue(self) -> None:
+        """The socket takes nothing any more; what it still says is read to its end."""
+        self._is_deaf = True
+        self._queue.clear()
+        self._held_changed()
+        if self.state is BridgeState.ENDING:
+            self.close()
+        else:
+            self._update()
+
+    def _discard(self) -> None:
+        """Read what the socket still says after its channel has ended, and forget it."""
+        assert self.sock is not None
+        flags = _DISCARD if self.sock.family != socket.AF_UNIX else 0
+        try:
+            size = self.sock.recv_into(self.tunnel.loop.room(), 0, flags)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.close()
+            return
+        if not size:
+            self._has_eof = True
+            self._end_step()
+
+    # --- the channel -------------------------------------------------------------
+
+    def data_received(self, payload: memoryview) -> None:
+        if not self._fresh:
+            self.tunnel.deliver_later(self)
+        self._fresh.append(payload)
+
+    def deliver(self) -> None:
+        """Give the socket what has just arrived; hold what it doesn't take."""
+        fresh = self._fresh
+        if not fresh:
+            return
+        self._fresh = []
+        if self._is_deaf or self.state is BridgeState.CLOSED:
+            return
+        self.active_at = self.tunnel.loop.now
+        sent = 0
+        if self.sock is not None and not self._queue:
+            try:
+                if len(fresh) == 1:
+                    sent = self.sock.send(fresh[0])
+                else:
+                    sent = self.sock.sendmsg(fresh[:IOV_MAX])
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._drop_queue()
+                return
+        for payload in fresh:
+            if sent >= len(payload):
+                sent -= len(payload)
+            else:
+                if not self._queue:
+                    self.drained_at = self.active_at
+                self._queue += payload[sent:]
+                sent = 0
+        if self._queue:
+            self._held_changed()
+            self._update()
+
+    def pause_changed(self) -> None:
+        self._update()
+
+    def channel_ended(self, *, by_peer: bool) -> None:
+        if self.state is not BridgeState.CLOSED:
+            self.deliver()
+            self.state = BridgeState.ENDING
+            self._end_step()
+
+    def _end_step(self) -> None:
+        """Go on with a good end: flush, then shut down, then drain."""
+        loop = self.tunnel.loop
+        if self._queue:
+            if self._timer is None:
+                self._timer = loop.call_later(STALLED_S, self._stalled)
+            self._update()
+        elif self.sock is None or self._has_eof or self._is_deaf:
+            self.close()
+        elif not self._is_shut:
+            self._is_shut = True
+            try:
+                self.sock.shutdown(socket.SHUT_WR)
+            except OSError:  # reset meanwhile
+                self.close()
+                return
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = loop.call_later(DRAIN_S, self.close)
+            self._update()
+
+    def _stalled(self) -> None:
+        """What is held at the end doesn't drain: abort, unless some has meanwhile."""
+        left = self.drained_at + STALLED_S - self.tunnel.loop.now
+        if left > 0:
+            self._timer = self.tunnel.loop.call_later(left, self._stalled)
+        else:
+            self.abort(
+                ChannelError(f"{self.held_bytes} bytes at its end not taken in {STALLED_S:.0f} s")
+            )
+
+    # --- what is held -------------------------------------------------------------
+
+    def _held_changed(self) -> None:
+        held = len(self._queue)
+        delta, self.held_bytes = held - self.held_bytes, held
+        self.tunnel.held_changed(delta)
+        channel, bridges = self.channel, self.tunnel.bridges
+        if channel.state is ChannelState.ENDED:
+            return
+        if channel.has_paused_peer:
+            if held <= LOW_WATERMARK_BYTES and held * 2 <= self._high_watermark(bridges):
+                self.tunnel.mux.resume(channel)
+        elif self.tunnel.mux.can_pause and held >= self._high_watermark(bridges):
+            self.tunnel.mux.pause(channel)
+
+    @staticmethod
+    def _high_watermark(bridges: Bridges) -> int:
+        free = max(0, bridges.limit_bytes - bridges.held_bytes)
+        return min(HIGH_WATERMARK_BYTES, free // HIGH_WATERMARK_SHARE)
+
+    def _update(self) -> None:
+        """Watch the socket for what is wanted of it now."""
+        if self.sock is None:
+            return
+        events = 0
+        if self._queue:
+            events = WRITE
+        if self.state is BridgeState.OPEN:
+            if not self.channel.is_paused and not self.channel.waits_for_turn:
+                events |= READ
+        elif self.state is BridgeState.ENDING and not self._has_eof:
+            events |= READ
+        if events != self.watched:
+            self.tunnel.loop.watch(self, events)
+
+    # --- the end -------------------------------------------------------------------
+
+    def abort(self, error: SniTunError) -> None:
+        """End the channel and reset the socket, with what is held for either; log why."""
+        if self.state is BridgeState.CLOSED:
+            return
+        self.error = error
+        if self.sock is not None and self.sock.family != socket.AF_UNIX:
+            try:
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+            except OSError:
+                pass  # it is reset already
+        self.state = BridgeState.CLOSED
+        self.tunnel.mux.abort(self.channel)
+        self._free()
+
+    def fail(self, error: Exception) -> None:
+        self.abort(SniTunError(f"a defect: {error!r}"))
+
+    def close(self) -> None:
+        """Close the socket of a channel that has ended."""
+        if self.state is not BridgeState.CLOSED:
+            self.state = BridgeState.CLOSED
+            self._free()
+
+    def _free(self) -> None:
+        """Free all that the bridge owns; what is still held is lost."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._fresh = []
+        self._queue = bytearray()
+        self._held_changed()
+        self.tunnel.loop.close_socket(self)
+        self.tunnel.bridges.all.discard(self)
+        self._log_end()
+        self.tunnel.channel_closed(self)
+
+    def _log_end(self) -> None:
+        # What the tunnel's own end cuts is in the tunnel's line already.
+        level = logging.DEBUG
+        if isinstance(self.error, (ChannelError, EndpointError)):
+            level = logging.WARNING
+        if log.isEnabledFor(level):
+            log.log(
+                level,
+                "channel %s of %s ended after %.1f s, %d bytes in, %d out: %s",
+                self.channel.id.hex()[:8],
+                self.device,
+                self.tunnel.loop.now - self.opened_at,
+                self.channel.received_bytes,
+                self.channel.sent_bytes,
+                self.error or "closed",
+            )

@@ -1,0 +1,294 @@
+"""The event loop: sockets, timers and one receive buffer, all on one thread.
+
+A turn of the loop waits for sockets, calls the handlers of those that are ready,
+runs timers and calls from other threads, and then flushes what the turn has made
+ready to be sent. Only `call_soon_threadsafe` and `stop` may be called from
+another thread.
+
+Sockets are read into one buffer that belongs to the loop. What a handler read in
+a turn stays there until the flush at its end, so that it can be sent on without a
+copy; a handler that finds the buffer full makes an early flush.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import os
+import selectors
+import socket
+import time
+from collections import deque
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, Protocol
+
+    class Flushable(Protocol):
+        """Who has something to be sent at the end of the turn."""
+
+        def flush(self) -> None:
+            """Write what was queued; copy what the socket doesn't take. May not raise."""
+
+
+READ = selectors.EVENT_READ
+WRITE = selectors.EVENT_WRITE
+
+BUFFER_BYTES = 256 * 1024
+# A read with less room than this would be wasteful: flush first.
+MIN_ROOM_BYTES = 64 * 1024
+RANDOM_POOL_BYTES = 4096
+
+log = logging.getLogger("snitun_sync")
+
+
+class Handler:
+    """Base of all that owns a socket on the loop."""
+
+    __slots__ = ("sock", "watched")
+
+    def __init__(self, sock: socket.socket | None = None) -> None:
+        self.sock = sock
+        self.watched = 0
+        """The events that the loop looks for, READ | WRITE; changed by `Loop.watch` alone."""
+
+    def on_ready(self, events: int) -> None:
+        """The socket is ready for `events`, all of them still watched."""
+        raise NotImplementedError
+
+    def fail(self, error: Exception) -> None:
+        """A defect: `on_ready` raised `error`. End whatever this handler serves."""
+        raise NotImplementedError
+
+
+class Timer:
+    """A call to come; `cancel` it when it is no longer wanted."""
+
+    __slots__ = ("_loop", "callback")
+
+    def __init__(self, loop: Loop, callback: Callable[[], object]) -> None:
+        self._loop = loop
+        self.callback: Callable[[], object] | None = callback
+
+    def cancel(self) -> None:
+        """Don't call; harmless when the call has been made already."""
+        if self.callback is not None:
+            self.callback = None
+            self._loop._timer_cancelled()
+
+
+class Loop(Handler):
+    """See the head of this file. Not reusable: it runs once, and is closed then."""
+
+    __slots__ = (
+        "_buffer",
+        "_calls",
+        "_cancelled",
+        "_dirty",
+        "_is_stopping",
+        "_pool",
+        "_pool_at",
+        "_selector",
+        "_sequence",
+        "_timers",
+        "_used",
+        "_waker",
+        "now",
+    )
+
+    def __init__(self) -> None:
+        self._waker, own = socket.socketpair()
+        super().__init__(own)
+        self._waker.setblocking(False)
+        own.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        self._used = 0  # bytes at the start of the buffer that wait for the flush
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._sequence = self._cancelled = 0
+        self._calls: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._dirty: list[Flushable] = []
+        self._is_stopping = False
+        self._pool, self._pool_at = b"", 0
+        self.now = time.monotonic()
+        """The monotonic time at the start of this turn, in seconds."""
+        self.watch(self, READ)
+
+    # --- sockets ---------------------------------------------------------------
+
+    def watch(self, handler: Handler, events: int) -> None:
+        """Look for `events` (READ | WRITE, or 0) on the handler's socket from now on.
+
+        A socket of which nothing is wanted isn't registered at all: the kernel
+        would report its errors again and again.
+        """
+        before = handler.watched
+        if events == before:
+            return
+        assert handler.sock is not None
+        if not before:
+            self._selector.register(handler.sock, events, handler)
+        elif events:
+            self._selector.modify(handler.sock, events, handler)
+        else:
+            self._selector.unregister(handler.sock)
+        handler.watched = events
+
+    def close_socket(self, handler: Handler) -> None:
+        """Stop watching the handler's socket and close it; harmless when it has none."""
+        sock = handler.sock
+        if sock is not None:
+            self.watch(handler, 0)
+            handler.sock = None
+            sock.close()
+
+    # --- the receive buffer ----------------------------------------------------
+
+    def room(self) -> memoryview:
+        """Return free space of the receive buffer, at least MIN_ROOM_BYTES.
+
+        What is read into it may be overwritten by the next read, unless `keep` is called.
+        """
+        if self._used > BUFFER_BYTES - MIN_ROOM_BYTES:
+            self.flush()
+        return self._buffer[self._used :]
+
+    def keep(self, size: int) -> None:
+        """Keep the first `size` bytes of the room until the flush at the end of the turn."""
+        self._used += size
+
+    def flush_later(self, flushable: Flushable) -> None:
+        """Call `flush` at the end of this turn, or earlier if the buffer runs full."""
+        self._dirty.append(flushable)
+
+    def flush(self) -> None:
+        """Flush all that was registered by `flush_later`, and free the buffer."""
+        while self._dirty:
+            dirty, self._dirty = self._dirty, []
+            for flushable in dirty:
+                flushable.flush()
+        self._used = 0
+
+    # --- calls and timers ------------------------------------------------------
+
+    def call_soon(self, callback: Callable[..., object], *args: Any) -> None:
+        """Call `callback(*args)` at the end of this turn."""
+        self._calls.append((callback, args))
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any) -> None:
+        """Call `callback(*args)` on the loop's thread soon; from any thread or signal handler."""
+        self._calls.append((callback, args))
+        try:
+            self._waker.send(b"\0")
+        except OSError:
+            pass  # full: the loop will wake anyway; closed: it has ended
+
+    def call_later(self, delay_s: float, callback: Callable[[], object]) -> Timer:
+        """Call `callback()` in `delay_s` seconds."""
+        timer = Timer(self, callback)
+        self._sequence += 1
+        heapq.heappush(self._timers, (time.monotonic() + delay_s, self._sequence, timer))
+        return timer
+
+    def _timer_cancelled(self) -> None:
+        """Drop cancelled timers once they are more than half of the heap."""
+        self._cancelled += 1
+        if self._cancelled > 64 and self._cancelled * 2 > len(self._timers):
+            self._timers = [entry for entry in self._timers if entry[2].callback is not None]
+            heapq.heapify(self._timers)
+            self._cancelled = 0
+
+    @property
+    def timer_count(self) -> int:
+        """How many timers are due to run."""
+        return sum(entry[2].callback is not None for entry in self._timers)
+
+    # --- randomness ------------------------------------------------------------
+
+    def random(self, size: int) -> bytes:
+        """Return `size` unpredictable bytes from the system, drawn in larger portions."""
+        start, end = self._pool_at, self._pool_at + size
+        if end > len(self._pool):
+            self._pool = os.urandom(RANDOM_POOL_BYTES + size)
+            start, end = 0, size
+        self._pool_at = end
+        return self._pool[start:end]
+
+    # --- running ---------------------------------------------------------------
+
+    def run(self) -> None:
+        """Run until `stop` is called. Who owns the loop calls `close` then."""
+        while not self._is_stopping:
+            self._turn()
+        self._run_calls()  # results of workers that came last
+
+    def close(self) -> None:
+        """Free the loop's own sockets; harmless when it is done already."""
+        if self.sock is not None:
+            self.close_socket(self)
+            self._waker.close()
+            self._selector.close()
+
+    def stop(self) -> None:
+        """End `run` after this turn; from any thread."""
+        self.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        self._is_stopping = True
+
+    def _turn(self) -> None:
+        timeout: float | None = None
+        if self._calls:
+            timeout = 0.0
+        elif self._timers:
+            timeout = max(0.0, self._timers[0][0] - time.monotonic())
+        ready = self._selector.select(timeout)
+        self.now = time.monotonic()
+        for key, events in ready:
+            handler: Handler = key.data
+            # An earlier handler of this turn may have closed it, or lost interest.
+            events &= handler.watched
+            if events:
+                try:
+                    handler.on_ready(events)
+                except Exception as error:
+                    log.exception("defect in %s", type(handler).__name__)
+                    handler.fail(error)
+        self._run_timers()
+        self._run_calls()
+        self.flush()
+
+    def _run_calls(self) -> None:
+        for _ in range(len(self._calls)):
+            callback, args = self._calls.popleft()
+            self._guarded(callback, *args)
+
+    def _run_timers(self) -> None:
+        timers = self._timers
+        while timers and timers[0][0] <= self.now:
+            timer = heapq.heappop(timers)[2]
+            callback, timer.callback = timer.callback, None
+            if callback is None:
+                self._cancelled -= 1
+            else:
+                self._guarded(callback)
+            timers = self._timers
+
+    @staticmethod
+    def _guarded(callback: Callable[..., object], *args: Any) -> None:
+        try:
+            callback(*args)
+        except Exception:
+            log.exception("defect in %s", getattr(callback, "__qualname__", callback))
+
+    def on_ready(self, events: int) -> None:  # another thread woke the loop
+        assert self.sock is not None
+        try:
+            while len(self.sock.recv(4096)) == 4096:
+                pass
+        except BlockingIOError:
+            pass
+
+    def fail(self, error: Exception) -> None:
+        self._is_stopping = True

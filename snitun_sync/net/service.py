@@ -1,0 +1,165 @@
+"""What client and relay have in common: a loop with a life.
+
+Service.run()                        here, until it ends or is stopped
+Service.start() … wait() … stop()    on a thread of its own
+with Service(…) as service: …        the same
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from ..errors import LostError, MisuseError, SniTunError
+from ..protocol.aes import load
+from .bridge import Bridges
+from .loop import Loop
+from .tuning import STOP_S
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import TypeVar
+
+    from ..protocol.aes import Aes
+    from .bridge import Bridge
+    from .tunnel import Tunnel
+
+    Self = TypeVar("Self", bound="Service")
+
+log = logging.getLogger("snitun_sync")
+
+
+class Service:
+    """Base of Client and Server. It can be run once; all its methods may be called from any thread.
+
+    Subclasses say what happens on the loop's thread: `_open` (sockets that listen;
+    still on the caller's thread), `_begin`, `_begin_stop`.
+    """
+
+    def __init__(self, *, budget_bytes: int, crypto: str = "") -> None:
+        """`budget_bytes` bounds the payload that all channels together may hold."""
+        self.aes: Aes = load(crypto)
+        self.loop = Loop()
+        self.bridges = Bridges(budget_bytes)
+        self.tunnels: set[Tunnel] = set()
+        self._thread: threading.Thread | None = None
+        self._ident: int | None = None
+        self._is_started = self._is_stopping = False
+        self._ended = threading.Event()
+        self.error: SniTunError | None = None
+        """What ended the service by itself; None while it lives and after `stop`."""
+
+    # --- for the caller ------------------------------------------------------------
+
+    def run(self) -> None:
+        """Run on this thread until the service ends or `stop` is called.
+
+        Raises the SniTunError that ended it, if one did.
+        """
+        self._prepare()
+        self._run()
+        self.wait()
+
+    def start(self: Self) -> Self:
+        """Run on a thread of its own; return at once. Raises what `_open` raises."""
+        self._prepare()
+        self._thread = threading.Thread(target=self._run, name=type(self).__name__, daemon=True)
+        self._thread.start()
+        return self
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the service has ended; return False if `timeout_s` seconds passed before.
+
+        Raises the SniTunError that ended it, if one did.
+        """
+        if not self._ended.wait(timeout_s):
+            return False
+        if self.error is not None:
+            raise self.error
+        return True
+
+    def stop(self) -> None:
+        """End the service well, in a few seconds at most, and wait for it.
+
+        On the loop's own thread, or in a signal handler above `run`, it doesn't wait.
+        """
+        self.loop.call_soon_threadsafe(self._stop)
+        if self._is_started and threading.get_ident() != self._ident:
+            self._ended.wait()
+
+    def __enter__(self: Self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    # --- for subclasses ------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Open what can fail at once; on the caller's thread."""
+
+    def _begin(self) -> None:
+        """The loop is about to run."""
+
+    def _begin_stop(self) -> None:
+        """Accept and open nothing any more; finish all tunnels."""
+
+    def _end(self, error: SniTunError | None) -> None:
+        """End by itself, for the reason given; nothing is left to finish."""
+        self.error = self.error or error
+        self.loop.stop()
+
+    def channel_closed(self, bridge: Bridge) -> None:
+        """A bridge is closed (see tunnel.Owner)."""
+        self._stop_if_done()
+
+    def tunnel_closed(self) -> None:
+        """A tunnel has ended and left `tunnels`."""
+        self._stop_if_done()
+
+    # --- inside --------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        if self._is_started:
+            raise MisuseError(f"this {type(self).__name__} has been started already")
+        self._is_started = True
+        try:
+            self._open()
+        except BaseException:
+            self._ended.set()
+            self._close()
+            raise
+
+    def _run(self) -> None:
+        self._ident = threading.get_ident()
+        try:
+            self.loop.call_soon(self._begin)
+            self.loop.run()
+        finally:
+            self._close()
+            self._ended.set()
+
+    def _stop(self) -> None:
+        if not self._is_stopping:
+            self._is_stopping = True
+            self.loop.call_later(STOP_S, self.loop.stop)
+            self._begin_stop()
+            self._stop_if_done()
+
+    def _stop_if_done(self) -> None:
+        if self._is_stopping and not self.tunnels and not self.bridges.all:
+            self.loop.stop()
+
+    def _close(self) -> None:
+        """Free what is left."""
+        for bridge in tuple(self.bridges.all):
+            bridge.abort(LostError("stopped"))
+        for tunnel in tuple(self.tunnels):
+            tunnel.end(LostError("stopped"))
+        self.loop.close()

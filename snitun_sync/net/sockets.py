@@ -1,0 +1,104 @@
+"""Opening sockets: to connect, on a worker thread, and to listen."""
+
+from __future__ import annotations
+
+import socket
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..protocol.names import Address
+
+LISTEN_BACKLOG = 1024
+# A peer that vanished without a word is noticed after 60 + 4 · 15 seconds.
+KEEPALIVE_IDLE_S = 60
+KEEPALIVE_INTERVAL_S = 15
+KEEPALIVE_PROBES = 4
+
+
+def tune(sock: socket.socket) -> None:
+    """Prepare a connected socket for the loop: non-blocking, no Nagle, TCP keepalive."""
+    sock.setblocking(False)
+    if sock.family == socket.AF_UNIX:
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        ("TCP_KEEPIDLE", KEEPALIVE_IDLE_S),
+        ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_S),
+        ("TCP_KEEPCNT", KEEPALIVE_PROBES),
+    ):
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def blocking_connect(address: Address, timeout_s: float) -> socket.socket:
+    """Resolve `address` and return a tuned socket connected to it; for worker threads.
+
+    All addresses of a name are tried in turn, `timeout_s` seconds each. Raises OSError.
+    """
+    if address.path:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(timeout_s)
+            sock.connect(address.path)
+        except BaseException:
+            sock.close()
+            raise
+    else:
+        sock = socket.create_connection((address.host, address.port), timeout_s)
+    tune(sock)
+    return sock
+
+
+def listen(address: Address) -> list[socket.socket]:
+    """Return non-blocking sockets that listen on `address`, one for each family of a name.
+
+    IPv6 sockets take no IPv4: who wants both names both, or "" for all addresses.
+    Where port 0 asks for any free port, all sockets get the same one. Raises OSError.
+    """
+    infos = socket.getaddrinfo(
+        address.host or None,
+        address.port,
+        type=socket.SOCK_STREAM,
+        flags=socket.AI_PASSIVE,
+    )
+    sockets: list[socket.socket] = []
+    port = address.port
+    try:
+        for family, kind, protocol, _, place in sorted(set(infos)):
+            try:
+                sock = socket.socket(family, kind, protocol)
+            except OSError:
+                if len(infos) > 1 and not address.host:
+                    continue  # a kernel without IPv6: all addresses are those of IPv4
+                raise
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((place[0], port, *place[2:]))
+            sock.listen(LISTEN_BACKLOG)
+            sock.setblocking(False)
+            port = sock.getsockname()[1]
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+def host_text(host: str, port: int) -> str:
+    """Return HOST:PORT as people write it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def unpack_ip(address: bytes) -> str:
+    """Return a packed IP address, 4 or 16 bytes, as text."""
+    return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)
+
+
+def pack_ip(host: str) -> bytes:
+    """Return the IP address `host` (text, maybe with an IPv6 scope) as 4 or 16 bytes."""
+    if ":" in host:
+        return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+    return socket.inet_pton(socket.AF_INET, host)

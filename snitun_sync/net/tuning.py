@@ -1,0 +1,49 @@
+"""What may be tuned below client and relay: sizes and times, each with its reason."""
+
+from __future__ import annotations
+
+# --- flow control ---------------------------------------------------------------
+
+# A channel that holds this much undelivered is paused. Enough to keep a device's
+# socket busy over the round trip of a RESUME, little enough for many of them.
+HIGH_WATERMARK_BYTES = 512 * 1024
+LOW_WATERMARK_BYTES = 128 * 1024
+# As the process fills up, channels are paused earlier: at this share of what is free.
+HIGH_WATERMARK_SHARE = 4
+CLIENT_BUDGET_BYTES = 8 * 1024 * 1024
+RELAY_BUDGET_BYTES = 64 * 1024 * 1024
+# Reading goes on once the process holds less than this share of its budget.
+RESUME_READING_SHARE = 0.75
+# How long the tunnel may go unread while the budget is full: published peers of
+# version 0 lose data 10 s after their own queue has filled.
+SUSPEND_S = 8.0
+
+# --- sending --------------------------------------------------------------------
+
+# One channel's turn, and so the largest frame, while the tunnel is busy or throttled.
+TURN_BYTES = 64 * 1024
+# Turns taken before the loop looks at other sockets.
+TURNS_AT_ONCE = 16
+# Below this, joining the pieces and one send is cheaper than sendmsg.
+JOIN_BYTES = 16 * 1024
+IOV_MAX = 1024
+# With this much queued (pongs, CLOSEs: a peer that asks and doesn't read), stop reading it.
+OUTPUT_LIMIT_BYTES = 1024 * 1024
+
+# --- time limits ----------------------------------------------------------------
+
+HANDSHAKE_S = 10.0
+# Published relays cut a tunnel on which nothing moved for 90 s; their clients ping at 50 s.
+KEEPALIVE_S = 50.0
+ANSWER_S = 15.0
+SILENCE_S = 120.0
+# A channel idle in both directions: a device that vanished without a word.
+CHANNEL_IDLE_S = 3600.0
+# A socket that has taken nothing of what it is owed at the end, or a peer that
+# has paused a channel that wants to close.
+STALLED_S = 300.0
+# After the last byte: how long the other side may go on sending before the socket is closed.
+DRAIN_S = 2.0
+CONNECT_S = 10.0
+# How long a stopping process waits for its sockets to end well.
+STOP_S = 3.0

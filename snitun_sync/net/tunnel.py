@@ -1,0 +1,555 @@
+"""One connection between client and relay: socket, handshake, mux and keepalive.
+
+    OPENING ─ challenge answered → PROVING ─ pong → UP → ENDING → ENDED
+                        (the relay's side: UP at once)
+
+Nothing so far proves to a client that the relay knows the key: a recorded stream
+could be replayed to it. So it sends a PING with a random id behind its answer, and
+counts as up when the pong with that id has come. Channels that the relay opens
+before are the owner's to hold.
+
+Back-pressure goes three steps: PAUSE at a channel's high watermark (bridge.py);
+when the process holds all that it may, the tunnel goes unread for some seconds;
+then the channel that holds most and doesn't drain is aborted.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from enum import Enum
+
+from ..errors import (
+    AuthenticationError,
+    ChannelError,
+    LostError,
+    RefusedError,
+    SniTunError,
+    TakenOverError,
+    ViolationError,
+)
+from ..protocol.frame import EXPIRED, IPV4_MAPPED, STOPPING, TAKEN_OVER
+from ..protocol.mux import Mux
+from .bridge import Bridge
+from .loop import READ, WRITE, Handler
+from .sockets import host_text, unpack_ip
+from .tuning import (
+    ANSWER_S,
+    CHANNEL_IDLE_S,
+    DRAIN_S,
+    HANDSHAKE_S,
+    IOV_MAX,
+    JOIN_BYTES,
+    KEEPALIVE_S,
+    OUTPUT_LIMIT_BYTES,
+    SILENCE_S,
+    SUSPEND_S,
+    TURNS_AT_ONCE,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Protocol
+
+    from ..protocol.cipher import UnitCipher
+    from ..protocol.handshake import Handshake
+    from ..protocol.mux import Buffer, Channel
+    from .bridge import Bridges
+    from .loop import Loop, Timer
+
+    class Owner(Protocol):
+        """Client or relay: who opened the tunnel and is told what becomes of it."""
+
+        def tunnel_up(self, tunnel: Tunnel) -> None:
+            """The other side has proven that it has the key."""
+
+        def tunnel_ended(self, tunnel: Tunnel, error: SniTunError) -> None:
+            """The tunnel is over, for the reason given; its socket is closed."""
+
+        def channel_opened(self, tunnel: Tunnel, channel: Channel, address: bytes) -> None:
+            """The relay has opened a channel: give it a Bridge, or abort it."""
+
+        def channel_closed(self, bridge: Bridge) -> None:
+            """The bridge is closed, and all that it held is free."""
+
+
+log = logging.getLogger("snitun_sync")
+
+
+class TunnelState(Enum):
+    """See the head of this file."""
+
+    OPENING = "opening"
+    PROVING = "proving"
+    UP = "up"
+    ENDING = "ending"
+    ENDED = "ended"
+
+
+class Tunnel(Handler):
+    """See the head of this file. It owns its socket, its mux and the channels in it."""
+
+    __slots__ = (
+        "_fresh",
+        "_handshake",
+        "_interval_s",
+        "_is_dirty",
+        "_next_frame_at",
+        "_owner",
+        "_ping_id",
+        "_pinged_at",
+        "_queue",
+        "_received_at",
+        "_sent_at",
+        "_suspended_at",
+        "_throttle_timer",
+        "_timer",
+        "bridges",
+        "error",
+        "held_bytes",
+        "is_relay",
+        "loop",
+        "mux",
+        "peer",
+        "started_at",
+        "state",
+    )
+
+    def __init__(
+        self,
+        loop: Loop,
+        bridges: Bridges,
+        sock: socket.socket,
+        cipher: UnitCipher,
+        handshake: Handshake,
+        version: int,
+        owner: Owner,
+        *,
+        is_relay: bool,
+        peer: str,
+        throttling: int | None = None,
+    ) -> None:
+        """Start the handshake on the connected, non-blocking `sock`, which is the tunnel's now.
+
+        `peer` is the other side's address as text, `throttling` the most DATA frames
+        to send in a second.
+        """
+        super().__init__(sock)
+        self.loop, self.bridges, self._owner = loop, bridges, owner
+        self.is_relay, self.peer = is_relay, peer
+        self.mux = Mux(cipher, version, self, is_relay=is_relay, random=loop.random)
+        self.state = TunnelState.OPENING
+        self.error: SniTunError | None = None
+        """Why the tunnel ended: the first reason wins."""
+        self.held_bytes = 0
+        self._handshake: Handshake | None = handshake
+        self._queue = bytearray()  # sealed, in the order of the wire; the socket was full
+        self._fresh: list[Bridge] = []
+        self._is_dirty = False
+        self._interval_s = 1 / throttling if throttling else 0.0
+        self._next_frame_at = 0.0
+        self._throttle_timer: Timer | None = None
+        self._suspended_at: float | None = None
+        self.started_at = self._received_at = self._sent_at = loop.now
+        self._ping_id = b""
+        self._pinged_at = 0.0
+        self._timer: Timer | None = loop.call_later(HANDSHAKE_S, self._handshake_overdue)
+        self._write([handshake.first()])
+        self._update()
+
+    # --- opening -----------------------------------------------------------------
+
+    def _handshake_received(self, data: memoryview) -> memoryview:
+        """Take what comes before frames; return the first bytes of frames, if there are any."""
+        handshake = self._handshake
+        assert handshake is not None
+        answer = handshake.receive(data)
+        if not handshake.is_done:
+            return data[:0]
+        self._handshake = None
+        if answer:
+            self._write([answer])
+        if self.is_relay:
+            self._up()
+        else:
+            self.state = TunnelState.PROVING
+            self._ping()
+        return memoryview(handshake.rest)
+
+    def _handshake_overdue(self) -> None:
+        self._timer = None
+        handshake = self._handshake
+        if handshake is None:
+            what = "no pong to the first PING"
+        elif self.is_relay:
+            what = "no answer to the challenge"
+        elif not handshake.received_size:
+            what = "no challenge"
+        else:
+            what = (
+                f"{handshake.received_size} of {handshake.unit_size} bytes of the challenge: a "
+                "relay older than 0.46 ignores the ticket's cipher; use one for aes-cbc"
+            )
+        self.end(RefusedError(f"{what} within {HANDSHAKE_S:.0f} s"))
+
+    def _up(self) -> None:
+        self.state = TunnelState.UP
+        if self._timer is not None:
+            self._timer.cancel()
+        self._check()
+        self._owner.tunnel_up(self)
+
+    # --- sending -----------------------------------------------------------------
+
+    @property
+    def is_throttled(self) -> bool:
+        """Whether DATA frames are paced."""
+        return bool(self._interval_s)
+
+    @property
+    def can_send(self) -> bool:
+        """Whether a bridge may read and send now, or has to wait for its turn."""
+        return not self._queue and (not self._interval_s or self.loop.now >= self._next_frame_at)
+
+    def send(self, channel: Channel, payload: Buffer) -> None:
+        """Send `payload` as one DATA frame; its buffer must stay as it is until the flush."""
+        if self._interval_s:
+            self._next_frame_at = max(self._next_frame_at, self.loop.now) + self._interval_s
+        self.mux.send(channel, payload)
+
+    def wait_for_turn(self, channel: Channel, *, is_new: bool) -> None:
+        """Call the channel's `take_turn` when the tunnel has room and others have had theirs."""
+        self.mux.wait_for_turn(channel, is_new=is_new)
+        self._update()
+
+    def output_ready(self) -> None:
+        if not self._is_dirty:
+            self._is_dirty = True
+            self.loop.flush_later(self)
+
+    def flush(self) -> None:
+        """Write what the mux has ready; copy what the socket doesn't take."""
+        self._is_dirty = False
+        pieces = self.mux.data_to_send()
+        if self.sock is not None:
+            self._write(pieces)
+            self._update()
+
+    def _write(self, pieces: Sequence[Buffer]) -> None:
+        if not pieces or self.sock is None:
+            return
+        sent = 0
+        if not self._queue:
+            try:
+                sent = self._send_pieces(self.sock, pieces)
+            except OSError as error:
+                # Not at once: the caller may be in the middle of something.
+                self.loop.call_soon(self.end, self._link_error(error))
+                return
+            self._sent_at = self.loop.now
+        for piece in pieces:
+            if sent >= len(piece):
+                sent -= len(piece)
+            else:
+                self._queue += piece[sent:] if sent else piece
+                sent = 0
+
+    @staticmethod
+    def _send_pieces(sock: socket.socket, pieces: Sequence[Buffer]) -> int:
+        try:
+            if sum(map(len, pieces)) <= JOIN_BYTES:
+                return sock.send(b"".join(pieces))
+            return sock.sendmsg(pieces[:IOV_MAX])
+        except BlockingIOError:
+            return 0
+
+    def _write_ready(self) -> None:
+        assert self.sock is not None
+        if self._queue:
+            try:
+                size = self.sock.send(self._queue)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self.end(self._link_error(error))
+                return
+            del self._queue[:size]
+            self._sent_at = self.loop.now
+        if self.state is TunnelState.ENDING:
+            self._end_step()
+        else:
+            self._take_turns()
+        self._update()
+
+    def _take_turns(self) -> None:
+        for _ in range(TURNS_AT_ONCE):
+            if not self.can_send:
+                break
+            channel = self.mux.next_turn()
+            if channel is None:
+                break
+            if channel.receiver is not None:
+                channel.receiver.take_turn()
+
+    def _throttle_over(self) -> None:
+        self._throttle_timer = None
+        self._take_turns()
+        self._update()
+
+    # --- receiving ---------------------------------------------------------------
+
+    def on_ready(self, events: int) -> None:
+        if events & WRITE:
+            self._write_ready()
+        if events & READ & self.watched:
+            self._read()
+
+    def _read(self) -> None:
+        assert self.sock is not None
+        room = self.loop.room()
+        try:
+            size = self.sock.recv_into(room)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.end(self._link_error(error))
+            return
+        if not size:
+            self.end(self._link_error(None))
+            return
+        self._received_at = self.loop.now
+        if self.state is TunnelState.ENDING:
+            return  # drained
+        data, failure = room[:size], None
+        try:
+            if self._handshake is not None:
+                data = self._handshake_received(data)
+            self.mux.receive(data)
+        except (AuthenticationError, ViolationError) as error:
+            failure = error
+        for bridge in self._fresh:
+            bridge.deliver()
+        self._fresh.clear()
+        if failure is not None:
+            self.end(failure)
+        elif self.bridges.is_full:
+            self._relieve()
+
+    def deliver_later(self, bridge: Bridge) -> None:
+        """Call `deliver` when all that has been received is parsed."""
+        self._fresh.append(bridge)
+
+    def channel_opened(self, channel: Channel, address: bytes) -> None:
+        if self.state in (TunnelState.ENDING, TunnelState.ENDED):
+            self.mux.abort(channel)
+            return
+        self._owner.channel_opened(self, channel, address)
+
+    def channel_closed(self, bridge: Bridge) -> None:
+        """A bridge of this tunnel is closed."""
+        self._owner.channel_closed(bridge)
+
+    def pong_received(self, ping_id: bytes) -> None:
+        if ping_id == self._ping_id and self.state is TunnelState.PROVING:
+            self._up()
+
+    def goaway_received(self, address: bytes, extra: bytes) -> None:
+        reason, port = extra[:4], int.from_bytes(extra[4:6], "big")
+        if reason == TAKEN_OVER:
+            text = f"another connection, from {_mapped_text(address, port)}, took over"
+        elif reason == EXPIRED:
+            text = "the token has expired"
+        elif reason == STOPPING:
+            text = "the relay is stopping"
+        else:
+            text = "the relay ended the tunnel"
+        if self.error is None:
+            self.error = TakenOverError(text) if reason == TAKEN_OVER else LostError(text)
+
+    def _link_error(self, error: OSError | None) -> SniTunError:
+        """Say what the end of the connection means, EOF if `error` is None."""
+        other = "client" if self.is_relay else "relay"
+        how = f"the {other} closed the connection"
+        if error is not None:
+            how = f"the connection to the {other} broke ({error.strerror or error})"
+        if self.state is TunnelState.PROVING:
+            return RefusedError(
+                f"{how} on the answer to its challenge: aes_key and aes_iv are not the token's"
+            )
+        if self.state is not TunnelState.OPENING:
+            return LostError(how)
+        if self.is_relay:
+            return RefusedError(f"{how} before it answered the challenge")
+        return RefusedError(
+            f"{how} before it sent a challenge: it refuses the token, "
+            "which has expired or is signed with a Fernet key that the relay doesn't have"
+        )
+
+    # --- back-pressure -------------------------------------------------------------
+
+    def held_changed(self, delta: int) -> None:
+        """A bridge of this tunnel holds `delta` bytes more."""
+        before = self.held_bytes
+        self.held_bytes += delta
+        self.bridges.holding_tunnels += bool(self.held_bytes) - bool(before)
+        self.bridges.changed(delta)
+
+    def _relieve(self) -> None:
+        """The process holds all that it may: abort what has stalled, or stop reading."""
+        bridges = self.bridges
+        if self.held_bytes * bridges.holding_tunnels < bridges.limit_bytes:
+            return  # less than its share: others are to blame, and will be stopped
+        self._abort_stalled(at_least_one=False)
+        if bridges.is_full and self._suspended_at is None:
+            self._suspended_at = self.loop.now
+            bridges.suspended.add(self)
+            self.loop.call_later(SUSPEND_S, self._suspension_over)
+            self._update()
+
+    def _suspension_over(self) -> None:
+        if self._suspended_at is not None and self._suspended_at + SUSPEND_S <= self.loop.now:
+            self._abort_stalled(at_least_one=True)
+            self.resume_reading()
+
+    def _abort_stalled(self, *, at_least_one: bool) -> None:
+        """Abort the channels that hold most and don't drain, until there is room."""
+        while self.bridges.is_full or at_least_one:
+            holders = [b for b in self.bridges.all if b.tunnel is self and b.held_bytes]
+            limit = self.loop.now - SUSPEND_S
+            stalled = [b for b in holders if b.drained_at <= limit]
+            if not holders or not (stalled or at_least_one):
+                return
+            at_least_one = False
+            worst = max(stalled or holders, key=lambda bridge: bridge.held_bytes)
+            worst.abort(
+                ChannelError(
+                    f"aborted: it held {worst.held_bytes} bytes that were not taken, and the "
+                    f"process may hold {self.bridges.limit_bytes}"
+                )
+            )
+
+    def resume_reading(self) -> None:
+        """There is room again: go on reading the tunnel."""
+        self.bridges.suspended.discard(self)
+        if self._suspended_at is not None:
+            self._suspended_at = None
+            # The peer was not silent, we did not listen: its time starts anew.
+            if self._pinged_at >= self._received_at:
+                self._pinged_at = self.loop.now
+            self._received_at = self.loop.now
+            self._update()
+
+    # --- keepalive -----------------------------------------------------------------
+
+    def _ping(self) -> None:
+        self._ping_id = self.mux.ping()
+        self._pinged_at = self.loop.now
+
+    def _check(self) -> None:
+        """See whether the peer still lives, and which channels don't."""
+        now = self.loop.now
+        if self.is_relay:
+            limit_s, since = SILENCE_S, self._received_at
+        elif self._pinged_at >= self._received_at:
+            limit_s, since = ANSWER_S, self._pinged_at
+        else:
+            limit_s, since = KEEPALIVE_S, min(self._received_at, self._sent_at)
+        left_s = since + limit_s - now
+        if left_s <= 0.001 and self._suspended_at is None:
+            if limit_s != KEEPALIVE_S:
+                self.end(LostError(f"the other side was silent for {limit_s:.0f} s"))
+                return
+            self._ping()
+            left_s = ANSWER_S
+        self._timer = self.loop.call_later(max(left_s, 1.0), self._check)
+        self._abort_idle(now - CHANNEL_IDLE_S)
+
+    def _abort_idle(self, limit: float) -> None:
+        for bridge in [b for b in self.live_bridges() if b.active_at < limit]:
+            bridge.abort(ChannelError(f"idle for {CHANNEL_IDLE_S:.0f} s"))
+
+    def live_bridges(self) -> list[Bridge]:
+        """Return the bridges of channels that are open."""
+        receivers = (channel.receiver for channel in self.mux.channels.values())
+        return [receiver for receiver in receivers if isinstance(receiver, Bridge)]
+
+    # --- the end -------------------------------------------------------------------
+
+    def finish(self, error: SniTunError, goaway: bytes = b"", address: bytes = bytes(16)) -> None:
+        """End well: CLOSE for every channel, a word of why, then the connection.
+
+        `goaway` is one of frame.GOAWAY's reasons, with what belongs to it; the
+        relay's side only.
+        """
+        if self.state in (TunnelState.ENDING, TunnelState.ENDED):
+            return
+        if self.state is not TunnelState.UP:
+            self.end(error)
+            return
+        self.error = self.error or error
+        for channel in tuple(self.mux.channels.values()):
+            self.mux.abort(channel)
+        if goaway:
+            self.mux.go_away(goaway, address)
+        self.state = TunnelState.ENDING
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(DRAIN_S, self._drained)
+        self.flush()
+        self._end_step()
+
+    def _end_step(self) -> None:
+        if self.sock is not None and not self._queue:
+            try:
+                self.sock.shutdown(socket.SHUT_WR)
+            except OSError:
+                self._drained()
+
+    def _drained(self) -> None:
+        self.end(self.error or LostError("stopped"))
+
+    def end(self, error: SniTunError) -> None:
+        """End at once; channels are reset, as what they carried may be cut short."""
+        if self.state is TunnelState.ENDED:
+            return
+        self.state = TunnelState.ENDED
+        self.error = self.error or error
+        for timer in (self._timer, self._throttle_timer):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._throttle_timer = None
+        self.loop.close_socket(self)
+        self.resume_reading()
+        self._queue.clear()
+        for bridge in self.live_bridges():
+            bridge.abort(self.error)
+        self._owner.tunnel_ended(self, self.error)
+
+    def fail(self, error: Exception) -> None:
+        self.end(SniTunError(f"a defect: {error!r}"))
+
+    def _update(self) -> None:
+        """Watch the socket for what is wanted of it now."""
+        if self.sock is None:
+            return
+        events = 0
+        if self._suspended_at is None and len(self._queue) < OUTPUT_LIMIT_BYTES:
+            events = READ
+        if self._queue:
+            events |= WRITE
+        elif self.mux.has_turns:
+            if self.can_send:
+                events |= WRITE
+            elif self._throttle_timer is None:
+                self._throttle_timer = self.loop.call_later(
+                    self._next_frame_at - self.loop.now, self._throttle_over
+                )
+        if events != self.watched:
+            self.loop.watch(self, events)
+
+
+def _mapped_text(address: bytes, port: int) -> str:
+    if address.startswith(IPV4_MAPPED):
+        address = address[12:]
+    return host_text(unpack_ip(address), port)

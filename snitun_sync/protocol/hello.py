@@ -1,0 +1,122 @@
+"""From a TLS ClientHello to the hostname that it asks for (RFC 8446 §4.1.2, RFC 6066 §3).
+
+    record:     | type 22, 1 | version, 2 | length, 2 | fragment |
+    handshake:  | type 1, 1 | length, 3 | body |               may span records
+    body:       | version, 2 | random, 32 | session id, <1> | cipher suites, <2>
+                | compression methods, <1> | extensions, <2> |
+    extension:  | type, 2 | data, <2> |                          server_name is type 0
+    server_name:  list, <2> of | type 0, 1 | host name, <2> |
+
+`<n>` is a vector with its length in n bytes before it.
+"""
+
+from __future__ import annotations
+
+from ..errors import HelloError
+from .names import normal_hostname
+
+HANDSHAKE_RECORD = 22
+CLIENT_HELLO = 1
+SERVER_NAME = 0
+HOST_NAME = 0
+MAX_FRAGMENT = 16384
+MAX_HELLO = 65536  # bytes on the wire, record headers included
+
+# Alerts (RFC 8446 §6): | type 21 | version, 2 | length, 2 | fatal | description |
+ALERT_UNRECOGNIZED_NAME = b"\x15\x03\x03\x00\x02\x02\x70"
+ALERT_INTERNAL_ERROR = b"\x15\x03\x03\x00\x02\x02\x50"
+
+
+class HelloReader:
+    """Collects a ClientHello that comes in any pieces and finds its hostname.
+
+    `received` keeps all bytes taken, also those behind the ClientHello: they
+    belong to whoever answers it.
+    """
+
+    __slots__ = ("_at", "_message", "received")
+
+    def __init__(self) -> None:
+        self.received = bytearray()
+        self._message = bytearray()  # the handshake message without record headers
+        self._at = 0  # where the next record starts in `received`
+
+    def receive(self, data: bytes | memoryview) -> str | None:
+        """Take the next bytes; return the hostname once the ClientHello is whole, else None.
+
+        The hostname is in normal form, and "" where the device names none. Raises
+        HelloError for what is no ClientHello, or for more than 64 KiB.
+        """
+        received = self.received
+        received += data
+        while len(received) >= self._at + 5:
+            start = self._at + 5
+            kind, major = received[self._at], received[self._at + 1]
+            length = int.from_bytes(received[start - 2 : start], "big")
+            if kind != HANDSHAKE_RECORD or major != 3 or not 0 < length <= MAX_FRAGMENT:
+                raise HelloError(
+                    f"no TLS handshake record: type {kind}, version {major}, length {length}"
+                )
+            if start + length > MAX_HELLO:
+                raise HelloError(f"the ClientHello is longer than {MAX_HELLO} bytes")
+            if len(received) < start + length:
+                return None
+            self._at = start + length
+            self._message += received[start : self._at]
+            if (hostname := self._hostname()) is not None:
+                return hostname
+        return None
+
+    def _hostname(self) -> str | None:
+        message = self._message
+        if message[0] != CLIENT_HELLO:
+            raise HelloError(f"TLS handshake message {message[0]}, expected {CLIENT_HELLO}")
+        if len(message) < 4:
+            return None
+        end = 4 + int.from_bytes(message[1:4], "big")
+        if end > MAX_HELLO:
+            raise HelloError(f"the ClientHello has {end} bytes, expected at most {MAX_HELLO}")
+        return _server_name(bytes(message[4:end])) if len(message) >= end else None
+
+
+def _server_name(body: bytes) -> str:
+    at = 2 + 32
+    for size, name in ((1, "session id"), (2, "cipher suites"), (1, "compression methods")):
+        at = _vector(body, at, size, name)[1]
+    if at == len(body):
+        return ""  # no extensions
+    extensions, at = _vector(body, at, 2, "extensions")
+    if at != len(body):
+        raise HelloError(f"{len(body) - at} bytes behind the ClientHello's extensions")
+    hostname, at = "", 0
+    while at < len(extensions):
+        kind = int.from_bytes(extensions[at : at + 2], "big")
+        data, at = _vector(extensions, at + 2, 2, "extension")
+        if kind == SERVER_NAME and not hostname:
+            hostname = _host_name(data)
+    return hostname
+
+
+def _host_name(data: bytes) -> str:
+    names, end = _vector(data, 0, 2, "server_name")
+    if end != len(data) or not names:
+        raise HelloError(f"server_name has {len(data)} bytes, its list ends at {end}")
+    at = 0
+    while at < len(names):
+        kind = names[at]
+        name, at = _vector(names, at + 1, 2, "server name")
+        if kind == HOST_NAME:
+            try:
+                return normal_hostname(name.decode("ascii"))
+            except UnicodeDecodeError:
+                raise HelloError("the server name is not ASCII") from None
+    return ""
+
+
+def _vector(data: bytes, at: int, size: int, name: str) -> tuple[bytes, int]:
+    """Return the vector at `at`, its length in `size` bytes before it, and where it ends."""
+    start = at + size
+    end = start + int.from_bytes(data[at:start], "big")
+    if start > len(data) or end > len(data):
+        raise HelloError(f"{name} ends at {end}, but what holds it has {len(data)} bytes")
+    return data[start:end], end

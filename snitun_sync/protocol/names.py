@@ -1,0 +1,91 @@
+"""Hostnames and addresses as text: one way to compare names, one to write HOST:PORT."""
+
+from __future__ import annotations
+
+from ..errors import ConfigurationError
+
+MAX_HOSTNAME = 253  # RFC 1035, without the trailing dot
+_LABEL = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
+
+
+def normal_hostname(text: str) -> str:
+    """Return `text` as names are compared: lower case, no trailing dot (RFC 4343, RFC 6066)."""
+    return text.lower()[:-1] if text.endswith(".") else text.lower()
+
+
+def is_hostname(text: str) -> bool:
+    """Tell whether `text`, in normal form, can stand in DNS and in a TLS server name."""
+    labels = text.split(".")
+    return 0 < len(text) <= MAX_HOSTNAME and all(
+        0 < len(label) <= 63 and label[0] != "-" and label[-1] != "-" and _LABEL.issuperset(label)
+        for label in labels
+    )
+
+
+class Address:
+    """Where to connect or listen: `host` and `port`, or `path` for a unix socket.
+
+    An empty `host` stands for all addresses of the machine (to listen on).
+    """
+
+    __slots__ = ("host", "path", "port")
+
+    def __init__(self, host: str = "", port: int = 0, path: str = "") -> None:
+        self.host, self.port, self.path = host, port, path
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host or "*"
+        return f"{host}:{self.port}"
+
+
+def parse_address(
+    text: str,
+    name: str,
+    *,
+    default_port: int | None = None,
+    can_be_unix: bool = False,
+    can_be_any: bool = False,
+) -> Address:
+    """Read `HOST:PORT`, `[IPV6]:PORT` or, where allowed, `unix:/path`, `*:PORT` and `:PORT`.
+
+    `name` is the option or field that `text` came from, for the message of the
+    ConfigurationError that is raised when it can't be read. The port may be
+    missing where there is a `default_port`; port 0 passes only where any free
+    one will do (`can_be_any`: an address to listen on).
+    """
+    expected = "HOST:PORT" if default_port is None else "HOST or HOST:PORT"
+    expected += ", [IPV6]:PORT" + (" or unix:/PATH" if can_be_unix else "")
+
+    def wrong(reason: str) -> ConfigurationError:
+        return ConfigurationError(f"{name}: {reason} in {text!r}; expected {expected}")
+
+    if text.startswith("unix:"):
+        if not can_be_unix or not text[5:].startswith("/"):
+            raise wrong("no absolute path" if can_be_unix else "a unix socket")
+        return Address(path=text[5:])
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        if not bracket or ":" not in host or rest[:1] not in ("", ":"):
+            raise wrong("no IPv6 address in brackets")
+        port_text = rest[1:] if rest else None
+    else:
+        host, colon, last = text.rpartition(":")
+        host, port_text = (host, last) if colon else (text, None)
+        if ":" in host:
+            raise wrong("an IPv6 address without brackets")
+    if any(c.isspace() or c in "/@?#\0" for c in host):
+        raise wrong("no host name")
+    if host == "*" and can_be_any:
+        host = ""
+    if not host and not can_be_any:
+        raise wrong("no host")
+    if port_text is None:
+        if default_port is None:
+            raise wrong("no port")
+        return Address(host, default_port)
+    lowest = 0 if can_be_any else 1
+    if not (port_text.isascii() and port_text.isdigit() and lowest <= int(port_text) <= 65535):
+        raise wrong(f"port {port_text!r}, not a number from {lowest} to 65535,")
+    return Address(host, int(port_text))

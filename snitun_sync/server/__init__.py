@@ -1,0 +1,5 @@
+"""The relay: `python -m snitun_sync.server`, or `Server` inside another program."""
+
+from .server import Server
+
+__all__ = ["Server"]

@@ -1,0 +1,73 @@
+"""`python -m snitun_sync.server`: the relay's options."""
+
+from __future__ import annotations
+
+import sys
+
+from ..program import Parser, crypto, main, read_fernet_keys, run_service, set_up_logging
+from .server import Server
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PROGRAM = "snitun-server"
+
+DESCRIPTION = """\
+The relay: takes devices' TLS connections, finds their hostname in the ClientHello and
+passes them on, as they are, through the tunnel of the client that serves that name."""
+
+EPILOG = """\
+The file of --fernet-key-file has one key a line (`snitun-master new-key` makes one), the
+newest first; # starts a comment. Tokens made with any of them are accepted.
+
+exit codes (sysexits.h):
+   0  stopped by SIGTERM or SIGINT
+  64  an option is wrong
+  66  a file can't be read
+  69  an address can't be listened on
+  70  a defect of this program
+  78  a setting is wrong"""
+
+
+def parser() -> Parser:
+    """Return the relay's options."""
+    options = Parser(PROGRAM, description=DESCRIPTION, epilog=EPILOG)
+    options.add_argument(
+        "--fernet-key-file", metavar="FILE", required=True, help="the keys that sign tokens, or -"
+    )
+    options.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        action="append",
+        help="where devices and clients connect; repeatable; *:PORT for all addresses, IPv4 and "
+        "IPv6 (default: *:443)",
+    )
+    options.add_argument(
+        "--peer-listen",
+        metavar="HOST:PORT",
+        action="append",
+        help="where clients connect; --listen is for devices alone then; repeatable",
+    )
+    options.add_common()
+    return options
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run the relay with these arguments until it ends. Raises SniTunError."""
+    options = parser().parse_args(arguments)
+    set_up_logging(options.log_level)
+    keys = read_fernet_keys(options.fernet_key_file, "--fernet-key-file")
+    run_service(
+        lambda: Server(
+            keys,
+            options.listen or ("*:443",),
+            options.peer_listen or (),
+            crypto=crypto(options.crypto),
+        )
+    )
+
+
+def console() -> int:
+    """The console script `snitun-server`."""
+    return main(PROGRAM, run, sys.argv[1:])

@@ -1,0 +1,62 @@
+"""The project's virtual environment, `.venv`: made, filled and entered by the tools.
+
+Uses the standard library alone, so that a fresh machine with Python can begin here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+VENV = PROJECT / ".venv"
+PYTHON = VENV / "bin" / "python"
+OLDEST = (3, 9)
+
+
+def enter(*requirements: str) -> None:
+    """Go on in `.venv`, with these requirements files (names in the project) installed.
+
+    Returns when this process runs in it already; otherwise it becomes a new one.
+    """
+    if sys.version_info < OLDEST:
+        sys.exit(f"Python {'.'.join(map(str, OLDEST))} or newer is needed, this is {sys.version}")
+    ensure(VENV, *(PROJECT / name for name in requirements))
+    if Path(sys.prefix).resolve() != VENV.resolve():
+        os.execv(PYTHON, [str(PYTHON), *sys.argv])
+
+
+def ensure(venv: Path, *requirements: Path, python: str = sys.executable) -> Path:
+    """Make the environment `venv` with these requirements files, if it isn't there; return its Python.
+
+    What was installed is noted in the environment: nothing is asked of the network
+    a second time.
+    """
+    interpreter = venv / "bin" / "python"
+    if not _works(interpreter):
+        shutil.rmtree(venv, ignore_errors=True)
+        print(f"making {venv.name} …", file=sys.stderr, flush=True)
+        made = subprocess.run([python, "-m", "venv", str(venv)], check=False)
+        if made.returncode:
+            sys.exit(f"can't make {venv}; on Debian and Ubuntu: apt install python3-venv")
+    for path in requirements:
+        stamp = venv / f".installed-{path.parent.name}-{path.name}"
+        wanted = path.read_text("utf-8")
+        if stamp.exists() and stamp.read_text("utf-8") == wanted:
+            continue
+        print(f"installing {path.relative_to(PROJECT)} …", file=sys.stderr, flush=True)
+        command = [str(interpreter), "-m", "pip", "install", "-q", "-r", str(path)]
+        if subprocess.run([*command, "--disable-pip-version-check"], check=False).returncode:
+            sys.exit(f"pip can't install {path}; is there a network?")
+        stamp.write_text(wanted, "utf-8")
+    return interpreter
+
+
+def _works(interpreter: Path) -> bool:
+    try:
+        return subprocess.run([str(interpreter), "-c", ""], check=False).returncode == 0
+    except OSError:
+        return False
