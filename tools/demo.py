@@ -128,7 +128,7 @@ def serve(certificate: str) -> None:
                 contextlib.suppress(OSError),
                 context.wrap_socket(request, server_side=True) as tls,
             ):
-                super().finish_request(tls, client_address)  # type: ignore[arg-type]
+                super().finish_request(tls, client_address)
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
@@ -223,19 +223,24 @@ def main() -> int:
         serve(options.serve)
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with tempfile.TemporaryDirectory(prefix="snitun-demo-") as folder:
-        with tunnel(Path(folder)) as (port, trusted):
-            ok = request(port, str(trusted)) == "200"
-            if not options.once:
-                print(
-                    f"\nOpen https://{HOSTNAME}:{port}/ (the browser warns of the throw-away "
-                    f"certificate), or:\n  curl --cacert {trusted} https://{HOSTNAME}:{port}/\n"
-                    "Ctrl-C ends it.",
-                    flush=True,
-                )
-                with contextlib.suppress(KeyboardInterrupt):
-                    signal.pause()
-    return 0 if ok else 1
+    with (
+        tempfile.TemporaryDirectory(prefix="snitun-demo-") as folder,
+        tunnel(Path(folder)) as (
+            port,
+            trusted,
+        ),
+    ):
+        is_answered = request(port, str(trusted)) == "200"
+        if not options.once:
+            print(
+                f"\nOpen https://{HOSTNAME}:{port}/ (the browser warns of the throw-away "
+                f"certificate), or:\n  curl --cacert {trusted} https://{HOSTNAME}:{port}/\n"
+                "Ctrl-C ends it.",
+                flush=True,
+            )
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.pause()
+    return 0 if is_answered else 1
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def enter(*requirements: str) -> None:
 
 
 def ensure(venv: Path, *requirements: Path, python: str = sys.executable) -> Path:
-    """Make the environment `venv` with these requirements files, if it isn't there; return its Python.
+    """Make the environment `venv` with these requirements, if it isn't there; return its Python.
 
     What was installed is noted in the environment: nothing is asked of the network
     a second time.

@@ -131,6 +131,9 @@ class Bridge(Handler):
         tunnel.bridges.all.add(self)
         self._update()
 
+    def __str__(self) -> str:
+        return f"channel {self.channel.id.hex()[:8]} of {self.device}"
+
     # --- the local socket --------------------------------------------------------
 
     def connected(self, sock: socket.socket) -> None:
@@ -274,6 +277,7 @@ class Bridge(Handler):
             self._update()
 
     def pause_changed(self) -> None:
+        log.debug("%s: %s by the peer", self, "paused" if self.channel.is_paused else "resumed")
         self._update()
 
     def channel_ended(self, *, by_peer: bool) -> None:
@@ -324,8 +328,10 @@ class Bridge(Handler):
             return
         if channel.has_paused_peer:
             if held <= LOW_WATERMARK_BYTES and held * 2 <= self._high_watermark(bridges):
+                log.debug("%s: %d bytes held, the peer may go on", self, held)
                 self.tunnel.mux.resume(channel)
         elif self.tunnel.mux.can_pause and held >= self._high_watermark(bridges):
+            log.debug("%s: %d bytes held, pausing the peer", self, held)
             self.tunnel.mux.pause(channel)
 
     @staticmethod
@@ -394,9 +400,8 @@ class Bridge(Handler):
         if log.isEnabledFor(level):
             log.log(
                 level,
-                "channel %s of %s ended after %.1f s, %d bytes in, %d out: %s",
-                self.channel.id.hex()[:8],
-                self.device,
+                "%s ended after %.1f s, %d bytes in, %d out: %s",
+                self,
                 self.tunnel.loop.now - self.opened_at,
                 self.channel.received_bytes,
                 self.channel.sent_bytes,

@@ -210,5 +210,6 @@ def _kind(value: Any) -> str:
     """Describe a JSON value without showing it: it may be a secret in the wrong place."""
     if value is None:
         return "missing"
-    names = {str: "an empty string", bool: "true or false", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")
+    if isinstance(value, str):
+        return "a string" if value else "an empty string"
+    return {bool: "true or false", list: "a list", dict: "an object"}.get(type(value), "a number")

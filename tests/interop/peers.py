@@ -1,0 +1,115 @@
+"""The published snitun releases, each in an environment of its own, as relay and as client."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import PROJECT, Credentials, Endpoint, Program, free_port
+
+PEER = Path(__file__).with_name("snitun_peer.py")
+FOLDER = Path(os.environ.get("SNITUN_PEERS") or PROJECT / ".cache" / "snitun-peers")
+# Release → the Python that it runs on.
+RELEASES = {"0.39.1": "3.11", "0.40.0": "3.11", "0.47.0": "3.13"}
+NEWEST = "0.47.0"
+
+
+def find_python(version: str) -> str | None:
+    """Return a working interpreter of the given minor version: on the PATH, or of pyenv."""
+    candidates = [sys.executable, f"python{version}"]
+    for root in (os.environ.get("PYENV_ROOT"), Path.home() / ".pyenv"):
+        if root:
+            candidates += sorted(map(str, Path(root).glob(f"versions/{version}.*/bin/python3")))
+    code = "import sys; print('%d.%d' % sys.version_info[:2])"
+    for candidate in candidates:
+        try:
+            found = subprocess.run(
+                [candidate, "-c", code], capture_output=True, text=True, check=False
+            )
+        except OSError:
+            continue
+        if found.stdout.strip() == version:
+            return candidate
+    return None
+
+
+def missing(what: str) -> None:
+    """Skip the test because `what` is missing here; under CI=true, fail it."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{what} is missing, and CI skips nothing")
+    pytest.skip(f"{what} is missing")
+
+
+@functools.cache
+def _environment(release: str) -> str | None:
+    python = str(FOLDER / f"snitun-{release}" / "bin" / "python")
+    check = [python, "-c", "import snitun"]
+    if not os.path.exists(python) or subprocess.run(check, check=False).returncode:
+        base = find_python(RELEASES[release])
+        if base is None:
+            return None
+        venv = FOLDER / f"snitun-{release}"
+        subprocess.run([base, "-m", "venv", "--clear", str(venv)], check=True)
+        install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        subprocess.run([*install, f"snitun=={release}"], check=True)
+    return python
+
+
+def python_with_snitun(release: str) -> str:
+    """Return a Python that has this release; skip the test where it can't be made."""
+    python = _environment(release)
+    if python is None:
+        missing(f"Python {RELEASES[release]}, on which snitun {release} runs,")
+    assert python is not None
+    return python
+
+
+def _start(release: str, role: str, config: dict[str, Any]) -> Program:
+    with tempfile.TemporaryFile("w+") as file:
+        json.dump(config, file)
+        file.flush()
+        file.seek(0)
+        program = Program(
+            python_with_snitun(release), PEER, role, stdin=file, env={"PYTHONPATH": ""}
+        )
+    program.wait_for("READY")
+    return program
+
+
+def published_relay(release: str, credentials: Credentials) -> tuple[Program, int]:
+    """Start a published relay; return it and its port. The ticket names it from now on."""
+    port = free_port()
+    config = {"fernet_key": credentials.fernet_key, "host": "127.0.0.1", "port": port}
+    program = _start(release, "server", config)
+    credentials.at(f"127.0.0.1:{port}")
+    return program, port
+
+
+def published_client(
+    release: str, credentials: Credentials, port: int, endpoint: Endpoint, host: str = "127.0.0.1"
+) -> Program:
+    """Start a published client of the relay at `port`; return it once it is connected."""
+    payload = credentials.payload
+    return _start(
+        release,
+        "client",
+        {
+            "host": host,
+            "port": port,
+            "endpoint_host": "127.0.0.1",
+            "endpoint_port": endpoint.port,
+            "token": credentials.token,
+            "aes_key": payload.aes_key.hex(),
+            "aes_iv": payload.aes_iv.hex(),
+            "protocol_version": payload.protocol_version,
+            "cipher": payload.cipher,
+        },
+    )
