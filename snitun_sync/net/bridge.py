@@ -169,7 +169,7 @@ class Bridge(Handler):
         loop = self.tunnel.loop
         room = loop.room()
         try:
-            size = self.sock.recv_into(room, limit)
+            size = self.sock.recv_into(room, min(limit, len(room)))
         except BlockingIOError:
             return 0
         except OSError as error:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import socket
+from struct import Struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..protocol.names import Address
 
+# linux/tcp.h, struct tcp_info: tcpi_min_rtt (µs) at 148, tcpi_delivery_rate (bytes/s) at 160
+_TCP_INFO = Struct("=148xI8xQ")
 LISTEN_BACKLOG = 1024
 # A peer that vanished without a word is noticed after 60 + 4 · 15 seconds.
 KEEPALIVE_IDLE_S = 60
@@ -29,6 +32,27 @@ def tune(sock: socket.socket) -> None:
     ):
         if hasattr(socket, option):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def limit_unsent(sock: socket.socket, size: int) -> None:
+    """Let the kernel take only `size` bytes beyond what the network takes now (Linux)."""
+    option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+    if option is not None:
+        sock.setsockopt(socket.IPPROTO_TCP, option, size)
+
+
+def path_bytes(sock: socket.socket) -> int:
+    """Return how many bytes the network path holds: its rate × its least round trip (Linux).
+
+    0 where that isn't known.
+    """
+    if not hasattr(socket, "TCP_INFO"):
+        return 0
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    if len(info) < _TCP_INFO.size:
+        return 0
+    round_trip_us, rate = _TCP_INFO.unpack(info)
+    return int(rate * round_trip_us // 1_000_000)
 
 
 def blocking_connect(address: Address, timeout_s: float) -> socket.socket:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 # A channel that holds this much undelivered is paused. Enough to keep a device's
 # socket busy over the round trip of a RESUME, little enough for many of them.
-HIGH_WATERMARK_BYTES = 512 * 1024
+HIGH_WATERMARK_BYTES = 256 * 1024
 LOW_WATERMARK_BYTES = 128 * 1024
 # As the process fills up, channels are paused earlier: at this share of what is free.
 HIGH_WATERMARK_SHARE = 4
@@ -21,7 +21,12 @@ SUSPEND_S = 8.0
 # --- sending --------------------------------------------------------------------
 
 # One channel's turn, and so the largest frame, while the tunnel is busy or throttled.
-TURN_BYTES = 64 * 1024
+TURN_BYTES = 128 * 1024
+# DATA on its way in a tunnel, sent and not yet read over there: what a peer must be ready
+# to hold when its sockets stall. More only where the path itself holds more.
+IN_FLIGHT_BYTES = 1024 * 1024
+# Of that, what the kernel may hold and not have sent: what can't be overtaken any more.
+UNSENT_BYTES = 128 * 1024
 # Turns taken before the loop looks at other sockets.
 TURNS_AT_ONCE = 16
 # Below this, joining the pieces and one send is cheaper than sendmsg.

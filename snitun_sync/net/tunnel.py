@@ -32,12 +32,13 @@ from ..protocol.frame import EXPIRED, IPV4_MAPPED, STOPPING, TAKEN_OVER
 from ..protocol.mux import Mux
 from .bridge import Bridge
 from .loop import READ, WRITE, Handler
-from .sockets import host_text, unpack_ip
+from .sockets import host_text, limit_unsent, path_bytes, unpack_ip
 from .tuning import (
     ANSWER_S,
     CHANNEL_IDLE_S,
     DRAIN_S,
     HANDSHAKE_S,
+    IN_FLIGHT_BYTES,
     IOV_MAX,
     JOIN_BYTES,
     KEEPALIVE_S,
@@ -45,6 +46,7 @@ from .tuning import (
     SILENCE_S,
     SUSPEND_S,
     TURNS_AT_ONCE,
+    UNSENT_BYTES,
 )
 
 TYPE_CHECKING = False
@@ -93,6 +95,7 @@ class Tunnel(Handler):
     __slots__ = (
         "_fresh",
         "_handshake",
+        "_in_flight_limit",
         "_interval_s",
         "_is_dirty",
         "_next_frame_at",
@@ -151,6 +154,8 @@ class Tunnel(Handler):
         self._next_frame_at = 0.0
         self._throttle_timer: Timer | None = None
         self._suspended_at: float | None = None
+        self._in_flight_limit = IN_FLIGHT_BYTES
+        limit_unsent(sock, UNSENT_BYTES)
         self.started_at = self._received_at = self._sent_at = loop.now
         self._ping_id = b""
         self._pinged_at = 0.0
@@ -210,7 +215,11 @@ class Tunnel(Handler):
     @property
     def can_send(self) -> bool:
         """Whether a bridge may read and send now, or has to wait for its turn."""
-        return not self._queue and (not self._interval_s or self.loop.now >= self._next_frame_at)
+        return (
+            not self._queue
+            and self.mux.unconfirmed_bytes < self._in_flight_limit
+            and (not self._interval_s or self.loop.now >= self._next_frame_at)
+        )
 
     def send(self, channel: Channel, payload: Buffer) -> None:
         """Send `payload` as one DATA frame; its buffer must stay as it is until the flush."""
@@ -221,6 +230,8 @@ class Tunnel(Handler):
     def wait_for_turn(self, channel: Channel, *, is_new: bool) -> None:
         """Call the channel's `take_turn` when the tunnel has room and others have had theirs."""
         self.mux.wait_for_turn(channel, is_new=is_new)
+        if self.mux.unconfirmed_bytes >= self._in_flight_limit and self.sock is not None:
+            self._in_flight_limit = max(IN_FLIGHT_BYTES, 2 * path_bytes(self.sock))
         self._update()
 
     def output_ready(self) -> None:
@@ -333,8 +344,11 @@ class Tunnel(Handler):
         self._fresh.clear()
         if failure is not None:
             self.end(failure)
-        elif self.bridges.is_full:
+            return
+        if self.bridges.is_full:
             self._relieve()
+        if self.mux.has_turns:
+            self._update()
 
     def deliver_later(self, bridge: Bridge) -> None:
         """Call `deliver` when all that has been received is parsed."""
@@ -541,7 +555,7 @@ class Tunnel(Handler):
         elif self.mux.has_turns:
             if self.can_send:
                 events |= WRITE
-            elif self._throttle_timer is None:
+            elif self._next_frame_at > self.loop.now and self._throttle_timer is None:
                 self._throttle_timer = self.loop.call_later(
                     self._next_frame_at - self.loop.now, self._throttle_over
                 )

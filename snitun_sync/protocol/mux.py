@@ -84,7 +84,7 @@ if TYPE_CHECKING:
             """
 
         def pong_received(self, ping_id: bytes) -> None:
-            """The peer has answered a PING that was no fence."""
+            """The peer has answered a PING of `Mux.ping`."""
 
         def goaway_received(self, address: bytes, extra: bytes) -> None:
             """The relay ends the tunnel and says why (see frame.GOAWAY)."""
@@ -97,6 +97,10 @@ FENCE_BYTES = 2 * 1024 * 1024
 # A fence is that many PINGs, one after the other's pong: the PAUSE is a task of its own
 # over there, and one pong can overtake it (seen in 6 of 2,000 downloads of 64 MiB).
 FENCE_ROUNDS = 2
+
+
+# After this much DATA a PING follows, whose pong confirms that all before it was read.
+CONFIRM_BYTES = 256 * 1024
 
 
 class ChannelState(Enum):
@@ -143,6 +147,7 @@ class Mux:
     __slots__ = (
         "_cipher",
         "_collecting_new",
+        "_confirms",
         "_current",
         "_events",
         "_fences",
@@ -156,8 +161,10 @@ class Mux:
         "_random",
         "_unit_size",
         "_units",
+        "_unpinged_bytes",
         "can_pause",
         "channels",
+        "unconfirmed_bytes",
         "version",
     )
 
@@ -186,6 +193,10 @@ class Mux:
         self._units: list[bytes] = []
         self._payloads: list[Buffer | None] = []
         self._fences: dict[bytes, Channel] = {}
+        self.unconfirmed_bytes = 0
+        """DATA that was sent and, as far as is known, not read by the peer yet."""
+        self._unpinged_bytes = 0  # the part of it behind the last PING
+        self._confirms: deque[tuple[bytes, int]] = deque()  # PINGs and the bytes before each
         self._new_turns: deque[Channel] = deque()
         self._old_turns: deque[Channel] = deque()
 
@@ -218,8 +229,13 @@ class Mux:
         self._payloads.append(payload)
         channel.sent_bytes += size
         channel.counted_bytes += size + HEADER_SIZE
+        self.unconfirmed_bytes += size
+        self._unpinged_bytes += size
         if len(self._units) == 1:
             self._events.output_ready()
+        if self._unpinged_bytes >= CONFIRM_BYTES:
+            self._confirms.append((self.ping(), self._unpinged_bytes))
+            self._unpinged_bytes = 0
 
     def close(self, channel: Channel) -> None:
         """End the channel once all that was sent on it can be delivered."""
@@ -420,11 +436,12 @@ class Mux:
         if not extra.startswith(EXTRA_PONG):
             self._queue(PING, ping_id, EXTRA_PONG)
             return
-        channel = self._fences.pop(ping_id, None)
-        if channel is None:
-            self._events.pong_received(ping_id)
-        else:
+        if self._confirms and self._confirms[0][0] == ping_id:
+            self.unconfirmed_bytes -= self._confirms.popleft()[1]
+        elif (channel := self._fences.pop(ping_id, None)) is not None:
             self._next_fence(channel)
+        else:
+            self._events.pong_received(ping_id)
 
     def _pause_received(self, channel: Channel, *, is_paused: bool) -> None:
         channel.is_paused = is_paused

@@ -13,7 +13,14 @@ from snitun_sync.errors import AuthenticationError, SniTunError, ViolationError
 from snitun_sync.protocol import frame
 from snitun_sync.protocol.aes import load
 from snitun_sync.protocol.cipher import CIPHERS, UnitCipher, unit_cipher
-from snitun_sync.protocol.mux import FENCE_BYTES, FENCE_ROUNDS, Channel, ChannelState, Mux
+from snitun_sync.protocol.mux import (
+    CONFIRM_BYTES,
+    FENCE_BYTES,
+    FENCE_ROUNDS,
+    Channel,
+    ChannelState,
+    Mux,
+)
 
 KEY, IV = bytes(32), bytes(16)
 ADDRESS = bytes([192, 0, 2, 7])
@@ -515,3 +522,24 @@ def test_fuzz_garbage_is_read_over_or_raises_a_remote_error(
         side.mux.receive(memoryview(noise))
     except SniTunError as error:
         assert isinstance(error, (ViolationError, AuthenticationError))
+
+
+# --- what is on its way ------------------------------------------------------------------
+
+
+def test_pongs_confirm_what_was_read() -> None:
+    pair = Pair()
+    relay, _ = pair.open()
+    mux = pair.relay.mux
+    for _ in range(4):
+        mux.send(relay.channel, bytes(CONFIRM_BYTES * 3 // 4))
+    assert mux.unconfirmed_bytes == 3 * CONFIRM_BYTES
+    pair.exchange()
+    assert mux.unconfirmed_bytes == 0
+    mux.send(relay.channel, bytes(CONFIRM_BYTES - 1))
+    pair.exchange()
+    assert mux.unconfirmed_bytes == CONFIRM_BYTES - 1  # no PING yet
+    mux.send(relay.channel, b"x")
+    pair.exchange()
+    assert mux.unconfirmed_bytes == 0
+    assert not pair.relay.pongs
