@@ -1,0 +1,130 @@
+"""Imports run one way: protocol <- net <- client, server; master needs protocol only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import PROJECT
+
+PACKAGE = PROJECT / "snitun_sync"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# What each layer may import of ours; "" is the top level: errors, program, the version.
+ALLOWED = {
+    "protocol": {"errors", "protocol"},
+    "net": {"errors", "protocol", "net"},
+    "client": {"errors", "protocol", "net", "client", "program"},
+    "server": {"errors", "protocol", "net", "server", "program"},
+    "master": {"errors", "protocol", "master", "program"},
+    "errors": set(),
+    "__init__": set(),
+    "program": {"errors", "protocol", "__init__"},
+}
+NOT_IN_PROTOCOL = {"socket", "selectors", "threading", "time", "logging", "os", "asyncio"}
+CRYPTO = {"Crypto", "Cryptodome", "cryptography"}
+
+
+def is_for_typing(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.If)
+        and isinstance(node.test, ast.Name)
+        and node.test.id == "TYPE_CHECKING"
+    )
+
+
+def nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Walk the tree, but for what only type checkers see."""
+    for child in ast.iter_child_nodes(tree):
+        if not is_for_typing(child):
+            yield child
+            yield from nodes(child)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Return the full names of the modules that the file imports when it runs."""
+    package = ("snitun_sync", *path.relative_to(PACKAGE).parts[:-1])
+    for node in nodes(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *([node.module] if node.module else [])))
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def layer(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else path.stem
+
+
+def test_the_checker_sees_relative_and_nested_imports() -> None:
+    found = set(imports(PACKAGE / "net" / "tunnel.py"))
+    assert "snitun_sync.protocol.mux.Mux" in found
+    assert "snitun_sync.net.bridge.Bridge" in found
+    assert "hashlib" in set(imports(PACKAGE / "protocol" / "aes.py"))  # inside a method
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path: Path) -> None:
+    allowed = ALLOWED[layer(path)]
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "snitun_sync":
+            target = parts[1] if len(parts) > 1 and parts[1] in ALLOWED else "__init__"
+            assert target in allowed, f"{path} imports {name}"
+            continue
+        if sys.version_info >= (3, 10):
+            assert parts[0] in sys.stdlib_module_names, f"{path} imports {name}"
+        assert parts[0] != "asyncio"
+        if layer(path) == "protocol":
+            assert parts[0] not in NOT_IN_PROTOCOL, f"{path} imports {name}"
+
+
+def test_only_aes_knows_the_crypto_package() -> None:
+    for path in FILES:
+        if path.name == "aes.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [node.value] if isinstance(node, ast.Constant) else []
+            assert not any(isinstance(n, str) and n in CRYPTO - {"cryptography"} for n in names), (
+                path
+            )
+
+
+def test_input_is_never_checked_by_assert_in_the_protocol() -> None:
+    for path in sorted((PACKAGE / "protocol").glob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        assert not [n for n in ast.walk(tree) if isinstance(n, ast.Assert)], path
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("snitun_sync", {"snitun_sync.client", "snitun_sync.server", "socket"}),
+        (
+            "snitun_sync.client",
+            {"asyncio", "ssl", "hashlib", "json", "typing", "snitun_sync.server"},
+        ),
+        ("snitun_sync.client.cli", {"asyncio", "ssl", "hashlib", "json", "cffi", "Crypto"}),
+        ("snitun_sync.server.cli", {"asyncio", "ssl", "snitun_sync.client", "snitun_sync.master"}),
+        ("snitun_sync.master.cli", {"asyncio", "ssl", "socket", "snitun_sync.net"}),
+    ],
+)
+def test_what_an_import_brings_into_memory(module: str, absent: set[str]) -> None:
+    code = f"import sys, {module}; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
+    loaded = set(printed.stdout.split())
+    # What this Python loads by itself, for its own site, is nobody's doing.
+    bare = subprocess.run(
+        [sys.executable, "-c", "import sys; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not (absent - set(bare.stdout.split())) & loaded
