@@ -22,6 +22,7 @@ from ..net.sockets import blocking_connect, unpack_ip
 from ..net.tuning import CLIENT_BUDGET_BYTES, CONNECT_S
 from ..net.tunnel import Tunnel, TunnelState
 from ..net.workers import Workers
+from ..protocol.aes import load
 from ..protocol.cipher import unit_cipher
 from ..protocol.handshake import ClientHandshake
 from ..protocol.names import parse_address
@@ -31,6 +32,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
 
+    from ..protocol.aes import Aes
     from ..protocol.cipher import UnitCipher
     from ..protocol.mux import Channel
 
@@ -71,8 +73,8 @@ class Client(Service):
         self.server = parse_address(
             server or self.ticket.server, "--server", default_port=RELAY_PORT
         )
+        self._new_cipher(load(crypto))  # says now what the crypto package lacks
         super().__init__(budget_bytes=budget_bytes, crypto=crypto)
-        self._cipher()  # says now what the crypto package lacks
         self._workers = Workers(self.loop)
         self._once = once
         self._is_spent = False  # a single-use key has been used
@@ -114,7 +116,7 @@ class Client(Service):
                     UnreachableError(f"can't reach the relay {self.server}: {_reason(error)}")
                 )
             return
-        cipher = self._cipher()
+        cipher = self._new_cipher(self.aes)
         self._is_spent = self.ticket.cipher == "aes-gcm"
         self.tunnel = Tunnel(
             self.loop,
@@ -130,11 +132,11 @@ class Client(Service):
         )
         self.tunnels.add(self.tunnel)
 
-    def _cipher(self) -> UnitCipher:
+    def _new_cipher(self, aes: Aes) -> UnitCipher:
         ticket = self.ticket
         return unit_cipher(
             ticket.cipher,
-            self.aes,
+            aes,
             ticket.aes_key,
             ticket.aes_iv,
             is_relay=False,

@@ -33,7 +33,6 @@ from .tuning import (
     LOW_WATERMARK_BYTES,
     RESUME_READING_SHARE,
     STALLED_S,
-    TURN_BYTES,
 )
 
 TYPE_CHECKING = False
@@ -151,7 +150,7 @@ class Bridge(Handler):
             if self.state is BridgeState.ENDING:
                 self._discard()
             elif self.tunnel.can_send:
-                self._read(TURN_BYTES if self.tunnel.is_throttled else 0)
+                self._read(self.tunnel.turn_bytes)
             else:
                 self.tunnel.wait_for_turn(self.channel, is_new=True)
                 self._update()
@@ -159,12 +158,12 @@ class Bridge(Handler):
     def take_turn(self) -> None:
         """Read once and send it: the tunnel has room, and it is this channel's turn."""
         if self.state is BridgeState.OPEN and not self.channel.is_paused:
-            if self._read(TURN_BYTES) == TURN_BYTES:
+            if self._read(self.tunnel.turn_bytes) == self.tunnel.turn_bytes:
                 self.tunnel.wait_for_turn(self.channel, is_new=False)
             self._update()
 
     def _read(self, limit: int) -> int:
-        """Read once, at most `limit` bytes (0: what there is room for), and send it on."""
+        """Read once, at most `limit` bytes, and send it on; return how many."""
         assert self.sock is not None
         loop = self.tunnel.loop
         room = loop.room()

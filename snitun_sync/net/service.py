@@ -84,8 +84,12 @@ class Service:
 
         On the loop's own thread, or in a signal handler above `run`, it doesn't wait.
         """
+        if not self._is_started:
+            self._is_started = True
+            self._close()
+            self._ended.set()
         self.loop.call_soon_threadsafe(self._stop)
-        if self._is_started and threading.get_ident() != self._ident:
+        if threading.get_ident() != self._ident:
             self._ended.wait()
 
     def __enter__(self: Self) -> Self:

@@ -45,6 +45,8 @@ from .tuning import (
     OUTPUT_LIMIT_BYTES,
     SILENCE_S,
     SUSPEND_S,
+    THROTTLED_TURN_BYTES,
+    TURN_BYTES,
     TURNS_AT_ONCE,
     UNSENT_BYTES,
 )
@@ -117,6 +119,7 @@ class Tunnel(Handler):
         "peer",
         "started_at",
         "state",
+        "turn_bytes",
     )
 
     def __init__(
@@ -151,6 +154,8 @@ class Tunnel(Handler):
         self._fresh: list[Bridge] = []
         self._is_dirty = False
         self._interval_s = 1 / throttling if throttling else 0.0
+        self.turn_bytes = THROTTLED_TURN_BYTES if throttling else TURN_BYTES
+        """The most that a channel may send in its turn."""
         self._next_frame_at = 0.0
         self._throttle_timer: Timer | None = None
         self._suspended_at: float | None = None
@@ -206,11 +211,6 @@ class Tunnel(Handler):
         self._owner.tunnel_up(self)
 
     # --- sending -----------------------------------------------------------------
-
-    @property
-    def is_throttled(self) -> bool:
-        """Whether DATA frames are paced."""
-        return bool(self._interval_s)
 
     @property
     def can_send(self) -> bool:
@@ -463,19 +463,18 @@ class Tunnel(Handler):
     def _check(self) -> None:
         """See whether the peer still lives, and which channels don't."""
         now = self.loop.now
-        if self.is_relay:
-            limit_s, since = SILENCE_S, self._received_at
-        elif self._pinged_at >= self._received_at:
-            limit_s, since = ANSWER_S, self._pinged_at
-        else:
-            limit_s, since = KEEPALIVE_S, min(self._received_at, self._sent_at)
-        left_s = since + limit_s - now
-        if left_s <= 0.001 and self._suspended_at is None:
-            if limit_s != KEEPALIVE_S:
+        is_asked = self._pinged_at >= self._received_at  # a PING is out, and nothing has come since
+        if self.is_relay or is_asked:
+            limit_s = SILENCE_S if self.is_relay else ANSWER_S
+            left_s = (self._received_at if self.is_relay else self._pinged_at) + limit_s - now
+            if left_s <= 0.001 and self._suspended_at is None:
                 self.end(LostError(f"the other side was silent for {limit_s:.0f} s"))
                 return
-            self._ping()
-            left_s = ANSWER_S
+        else:
+            left_s = min(self._received_at, self._sent_at) + KEEPALIVE_S - now
+            if left_s <= 0.001:
+                self._ping()
+                left_s = ANSWER_S
         self._timer = self.loop.call_later(max(left_s, 1.0), self._check)
         self._abort_idle(now - CHANNEL_IDLE_S)
 

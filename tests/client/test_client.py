@@ -1,0 +1,549 @@
+"""The client against a relay made by hand: proof, replay, keepalive, retries, endpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from snitun_sync.client import Client
+from snitun_sync.client import client as client_module
+from snitun_sync.errors import (
+    ConfigurationError,
+    LinkError,
+    LostError,
+    MisuseError,
+    RefusedError,
+    SniTunError,
+    UnreachableError,
+)
+from snitun_sync.net import tunnel as tunnel_module
+from snitun_sync.net.loop import Loop
+from snitun_sync.net.sockets import blocking_connect
+from snitun_sync.protocol import frame
+from snitun_sync.protocol.cipher import CIPHERS
+from tests.services import Raw, RawRelay, is_idle, refusing_port
+from tests.support import Credentials, Endpoint, client_hello, wait_until
+
+ECHO = client_hello() + b"ECHO\nhello"
+
+
+@pytest.fixture
+def relay(credentials: Credentials) -> Iterator[RawRelay]:
+    with RawRelay(credentials) as relay:
+        yield relay
+
+
+@pytest.fixture
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr(client_module, "LAST_RETRY_S", 0.1)
+
+
+@contextlib.contextmanager
+def running(relay: RawRelay, endpoint: str, *, once: bool = False) -> Iterator[Client]:
+    with Client(relay.credentials.ticket, endpoint, once=once) as client:
+        yield client
+
+
+def ended(client: Client) -> SniTunError:
+    """Wait until the client has ended by itself; return why."""
+    with pytest.raises(SniTunError) as raised:
+        assert client.wait(30), "it didn't end"
+    return raised.value
+
+
+# --- proof ---------------------------------------------------------------------------
+
+
+def test_up_only_after_the_pong_with_the_ping_s_id(relay: RawRelay, endpoint: Endpoint) -> None:
+    with running(relay, endpoint.address) as client, relay.tunnel(prove=False) as raw:
+        ping_id, flow, extra, _ = raw.receive()
+        assert (flow, extra[:4]) == (frame.PING, b"ping")
+        raw.send(frame.PING, bytes(16), b"pong")
+        raw.send(frame.PING, b"x" * 16, b"ping")
+        raw.receive_flow(frame.PING)  # that one was answered, so the wrong pong was seen
+        assert not client.wait_until_up(0.05)
+        raw.send(frame.PING, ping_id, b"pong")
+        assert client.wait_until_up(10)
+
+
+def test_new_is_held_until_the_relay_is_proven(relay: RawRelay, endpoint: Endpoint) -> None:
+    with running(relay, endpoint.address), relay.tunnel(prove=False) as raw:
+        ping_id = raw.receive()[0]
+        raw.new(b"c" * 16)
+        raw.send(frame.DATA, b"c" * 16, data=ECHO)
+        raw.send(frame.PING, b"x" * 16, b"ping")
+        raw.receive_flow(frame.PING)
+        assert endpoint.accepted == 0
+        raw.send(frame.PING, ping_id, b"pong")
+        assert raw.receive_flow(frame.DATA)[2] == b"hello"
+        assert endpoint.accepted == 1
+
+
+def test_held_channels_are_bounded(relay: RawRelay, endpoint: Endpoint) -> None:
+    with running(relay, endpoint.address), relay.tunnel(prove=False) as raw:
+        raw.receive()
+        ids = [os.urandom(16) for _ in range(client_module.HELD_CHANNELS + 1)]
+        for channel_id in ids:
+            raw.new(channel_id)
+        assert raw.receive_flow(frame.CLOSE)[0] == ids[-1]
+        assert endpoint.accepted == 0
+
+
+def test_a_channel_that_ends_before_the_proof_never_reaches_the_endpoint(
+    relay: RawRelay, endpoint: Endpoint
+) -> None:
+    with running(relay, endpoint.address) as client, relay.tunnel(prove=False) as raw:
+        ping_id = raw.receive()[0]
+        raw.new(b"c" * 16)
+        raw.send(frame.CLOSE, b"c" * 16)
+        raw.send(frame.PING, ping_id, b"pong")
+        client.wait_until_up(10)
+        wait_until(lambda: is_idle(client))
+        assert endpoint.accepted == 0
+
+
+@pytest.mark.parametrize("cipher", CIPHERS)
+@pytest.mark.parametrize("cut", ["whole", "from the second frame on"])
+def test_a_recorded_relay_stream_opens_nothing_when_replayed(
+    tmp_path: Path, endpoint: Endpoint, cipher: str, cut: str, quick_retries: None
+) -> None:
+    credentials = Credentials(tmp_path, cipher=cipher)
+    with RawRelay(credentials) as relay:
+        with running(relay, endpoint.address) as client, relay.tunnel() as raw:
+            raw.new(b"c" * 16)
+            raw.send(frame.DATA, b"c" * 16, data=ECHO)
+            assert raw.receive_flow(frame.DATA)[2] == b"hello"
+            recorded = raw.recorded
+        accepted = endpoint.accepted
+        assert accepted == 1
+        # The same key again, as with a ticket that is used for years; a false relay plays it back.
+        with running(relay, endpoint.address) as client, relay.accept() as false_relay:
+            false_relay.sendall(recorded)
+            false_relay.settimeout(1)
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                while false_relay.recv(65536):
+                    pass
+            assert not client._up.is_set()
+        assert endpoint.accepted == accepted
+
+
+def test_a_tunnel_without_pong_is_given_up(
+    relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tunnel_module, "HANDSHAKE_S", 0.2)
+    with running(relay, endpoint.address, once=True) as client, relay.tunnel(prove=False) as raw:
+        raw.new(b"c" * 16)
+        error = ended(client)
+    assert isinstance(error, RefusedError)
+    assert "no pong to the first PING within" in str(error)
+
+
+# --- the handshake -------------------------------------------------------------------
+
+
+def test_refused_before_the_challenge(relay: RawRelay, endpoint: Endpoint) -> None:
+    with running(relay, endpoint.address, once=True) as client:
+        relay.accept().close()
+        error = ended(client)
+    assert isinstance(error, RefusedError)
+    assert "it refuses the token, which has expired or is signed with" in str(error)
+    assert relay.credentials.token[:20] not in str(error)
+
+
+def test_refused_on_the_answer(relay: RawRelay, endpoint: Endpoint) -> None:
+    with running(relay, endpoint.address, once=True) as client:
+        with relay.accept() as sock:
+            sock.sendall(os.urandom(32))
+            sock.recv(1000)
+        error = ended(client)
+    assert isinstance(error, RefusedError)
+    assert "aes_key and aes_iv are not the token's" in str(error)
+
+
+def test_no_challenge(relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tunnel_module, "HANDSHAKE_S", 0.2)
+    with running(relay, endpoint.address, once=True) as client, relay.accept():
+        assert "no challenge within" in str(ended(client))
+
+
+def test_a_relay_that_ignores_the_cipher(
+    tmp_path: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tunnel_module, "HANDSHAKE_S", 0.2)
+    with RawRelay(Credentials(tmp_path, cipher="aes-gcm-siv")) as relay:
+        with running(relay, endpoint.address, once=True) as client, relay.accept() as sock:
+            sock.sendall(os.urandom(32))
+            error = str(ended(client))
+    assert "32 of 60 bytes of the challenge" in error
+    assert "aes-cbc" in error
+
+
+def test_html_instead_of_a_challenge(relay: RawRelay, endpoint: Endpoint) -> None:
+    """A captive portal answers in its own way."""
+    with running(relay, endpoint.address, once=True) as client, relay.accept() as sock:
+        sock.sendall(b"HTTP/1.1 302 Found\r\nLocation: http://portal/\r\n\r\n" + b"<html>" * 1000)
+        sock.shutdown(socket.SHUT_WR)
+        assert isinstance(ended(client), SniTunError)
+    assert endpoint.accepted == 0
+
+
+# --- life --------------------------------------------------------------------------------
+
+
+def test_it_comes_back_by_itself(
+    relay: RawRelay, endpoint: Endpoint, quick_retries: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO), running(relay, endpoint.address) as client:
+        for _ in range(3):
+            with relay.tunnel():
+                assert client.wait_until_up(10)
+            wait_until(lambda: not client._up.is_set())
+        relay.accept().close()  # refused once
+        with relay.tunnel() as raw:
+            raw.new(b"c" * 16)
+            raw.send(frame.DATA, b"c" * 16, data=ECHO)
+            assert raw.receive_flow(frame.DATA)[2] == b"hello"
+    reasons = [record.message for record in caplog.records if "next attempt in" in record.message]
+    assert sum("the relay closed the connection;" in reason for reason in reasons) >= 3
+    assert sum("it refuses the token" in reason for reason in reasons) == 1
+
+
+def test_retries_back_off_with_full_jitter(
+    endpoint: Endpoint, credentials: Credentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with refusing_port() as port:
+        client = Client(credentials.at(f"127.0.0.1:{port}"), endpoint.address)
+        delays: list[float] = []
+        monkeypatch.setattr(Loop, "call_later", lambda _, delay_s, then: delays.append(delay_s))
+        for attempt in range(400):
+            client._attempts = attempt % 10 + 1
+            client._failed(UnreachableError("unreachable"))
+        client.stop()
+    for attempt in range(10):
+        limit = min(60.0, 2.0**attempt)
+        chosen = delays[attempt::10]
+        assert 0 <= min(chosen) < limit / 2 < max(chosen) <= limit
+
+
+def test_backoff_is_reset_by_a_tunnel_that_lived_and_not_by_a_takeover(
+    relay: RawRelay, endpoint: Endpoint, quick_retries: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "GOOD_TUNNEL_S", 0.1)
+    over = frame.TAKEN_OVER + (4711).to_bytes(2, "big")
+    with running(relay, endpoint.address) as client:
+        steps = ((1, None, 0.0), (2, None, 0.2), (1, over, 0.2), (2, None, 0.0))
+        for attempts, farewell, lifetime_s in steps:
+            with relay.tunnel() as raw:
+                client.wait_until_up(10)
+                assert client._attempts == attempts
+                time.sleep(lifetime_s)
+                if farewell:
+                    raw.send(frame.GOAWAY, frame.IPV4_MAPPED + bytes([192, 0, 2, 9]), farewell)
+            wait_until(lambda: not client._up.is_set())
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (frame.TAKEN_OVER + b"\x12\x67", "another connection, from 192.0.2.9:4711, took over"),
+        (frame.EXPIRED, "the token has expired"),
+        (frame.STOPPING, "the relay is stopping"),
+        (b"????", "the relay ended the tunnel"),
+    ],
+)
+def test_the_relay_s_last_word_is_the_reason(
+    relay: RawRelay, endpoint: Endpoint, extra: bytes, said: str
+) -> None:
+    with running(relay, endpoint.address, once=True) as client:
+        with relay.tunnel() as raw:
+            raw.send(frame.GOAWAY, frame.IPV4_MAPPED + bytes([192, 0, 2, 9]), extra)
+        error = ended(client)
+    assert isinstance(error, LostError)
+    assert said in str(error)
+
+
+def test_silence_is_broken_by_a_ping_and_a_dead_relay_is_left(
+    relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tunnel_module, "KEEPALIVE_S", 1.0)
+    monkeypatch.setattr(tunnel_module, "ANSWER_S", 1.0)
+    with running(relay, endpoint.address, once=True) as client, relay.tunnel() as raw:
+        for _ in range(2):
+            ping_id, flow, extra, _ = raw.receive()
+            assert (flow, extra[:4]) == (frame.PING, b"ping")
+            raw.send(frame.PING, ping_id, b"pong")
+        raw.receive()  # and now the relay is silent
+        error = ended(client)
+    assert "silent for 1 s" in str(error)
+
+
+def test_a_violation_ends_the_tunnel(relay: RawRelay, endpoint: Endpoint) -> None:
+    with running(relay, endpoint.address, once=True) as client, relay.tunnel() as raw:
+        for _ in range(2):
+            raw.new(b"c" * 16)
+        assert "NEW for channel 63636363, which is open" in str(ended(client))
+
+
+def test_once_and_unreachable(credentials: Credentials, endpoint: Endpoint) -> None:
+    with refusing_port() as port:
+        with Client(credentials.at(f"127.0.0.1:{port}"), endpoint.address, once=True) as client:
+            error = ended(client)
+    assert isinstance(error, UnreachableError)
+    assert f"can't reach the relay 127.0.0.1:{port}: Connection refused" in str(error)
+
+
+def test_server_overrides_the_ticket_s(relay: RawRelay, endpoint: Endpoint) -> None:
+    relay.credentials.at("relay.invalid")
+    with (
+        Client(
+            relay.credentials.ticket, endpoint.address, server=f"127.0.0.1:{relay.port}"
+        ) as client,
+        relay.tunnel(),
+    ):
+        assert client.wait_until_up(10)
+
+
+def test_an_expired_ticket_only_warns(
+    tmp_path: Path, endpoint: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    with RawRelay(Credentials(tmp_path, valid_s=-100)) as relay, caplog.at_level(logging.WARNING):
+        with running(relay, endpoint.address) as client, relay.tunnel():
+            assert client.wait_until_up(10)
+    assert "the ticket expired at" in caplog.text
+
+
+def test_a_gcm_ticket_serves_one_connection(tmp_path: Path, endpoint: Endpoint) -> None:
+    with RawRelay(Credentials(tmp_path, cipher="aes-gcm")) as relay:
+        with running(relay, endpoint.address) as client:
+            with relay.tunnel():
+                assert client.wait_until_up(10)
+            error = ended(client)
+    assert isinstance(error, LinkError)
+    assert "serves one connection only" in str(error)
+    assert "get a new ticket" in str(error)
+
+
+def test_a_gcm_ticket_whose_token_was_never_sent_is_still_good(
+    tmp_path: Path, endpoint: Endpoint, quick_retries: None
+) -> None:
+    credentials = Credentials(tmp_path, cipher="aes-gcm")
+    with RawRelay(credentials) as relay:
+        relay.listener.close()
+        with Client(credentials.ticket, endpoint.address) as client:
+            wait_until(lambda: client._attempts > 2)
+            relay.listener = socket.create_server(("127.0.0.1", relay.port))
+            relay.listener.settimeout(30)
+            with relay.tunnel():
+                assert client.wait_until_up(10)
+
+
+# --- channels and endpoints --------------------------------------------------------------
+
+
+def open_echo(raw: Raw, channel_id: bytes = b"c" * 16) -> None:
+    raw.new(channel_id)
+    raw.send(frame.DATA, channel_id, data=ECHO)
+    assert raw.receive_flow(frame.DATA)[2] == b"hello"
+
+
+def test_a_refused_endpoint_ends_that_channel_only(
+    relay: RawRelay, endpoint: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    with refusing_port() as port, caplog.at_level(logging.WARNING):
+        with running(relay, f"127.0.0.1:{port}") as client, relay.tunnel() as raw:
+            client.wait_until_up(10)
+            raw.new(b"c" * 16)
+            raw.send(frame.DATA, b"c" * 16, data=ECHO)
+            assert raw.receive_flow(frame.CLOSE)[0] == b"c" * 16
+            raw.send(frame.PING, b"x" * 16, b"ping")
+            assert raw.receive_flow(frame.PING)[0] == b"x" * 16
+            wait_until(lambda: is_idle(client))
+    assert f"can't reach endpoint 127.0.0.1:{port}: Connection refused" in caplog.text
+
+
+def test_an_ipv6_endpoint(relay: RawRelay) -> None:
+    service = Endpoint("::1")
+    with running(relay, service.address), relay.tunnel() as raw:
+        open_echo(raw)
+    service.close()
+
+
+def test_a_unix_endpoint(relay: RawRelay, tmp_path: Path) -> None:
+    path = str(tmp_path / "service.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        with running(relay, f"unix:{path}") as client, relay.tunnel() as raw:
+            raw.new(b"c" * 16)
+            raw.send(frame.DATA, b"c" * 16, data=b"hello")
+            sock, _ = listener.accept()
+            assert sock.recv(100) == b"hello"
+            sock.sendall(b"answer")
+            assert raw.receive_flow(frame.DATA)[2] == b"answer"
+            raw.send(frame.CLOSE, b"c" * 16)
+            assert sock.recv(100) == b""
+            sock.close()
+            wait_until(lambda: is_idle(client))
+
+
+def test_data_waits_for_an_endpoint_that_connects_late_even_behind_close(
+    relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+
+    def late(*arguments: object) -> socket.socket:
+        if arguments[0] is client.endpoint:
+            release.wait()
+        return blocking_connect(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(client_module, "blocking_connect", late)
+    received: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with running(relay, f"127.0.0.1:{listener.getsockname()[1]}") as client:
+            with relay.tunnel() as raw:
+                for channel_id, data in ((b"a" * 16, b"last words"), (b"b" * 16, b"")):
+                    raw.new(channel_id)
+                    if data:
+                        raw.send(frame.DATA, channel_id, data=data)
+                    raw.send(frame.CLOSE, channel_id)
+                raw.send(frame.PING, b"x" * 16, b"ping")
+                raw.receive_flow(frame.PING)
+                release.set()
+                for _ in range(2):
+                    sock, _ = listener.accept()
+                    with sock:
+                        received.append(sock.makefile("rb").read())
+                wait_until(lambda: is_idle(client))
+    assert sorted(received) == [b"", b"last words"]
+
+
+def test_a_hung_endpoint_delays_nothing_else(
+    relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connects hang; reconnecting to the relay and stopping don't wait for them."""
+    hung = threading.Event()
+
+    def hang(*arguments: object) -> socket.socket:
+        if arguments[0] is client.endpoint:
+            hung.wait()
+        return blocking_connect(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(client_module, "blocking_connect", hang)
+    monkeypatch.setattr(client_module, "FIRST_RETRY_S", 0.01)
+    with running(relay, endpoint.address) as client:
+        with relay.tunnel() as raw:
+            for number in range(20):
+                raw.new(bytes([number]) * 16)
+            raw.send(frame.PING, b"x" * 16, b"ping")
+            raw.receive_flow(frame.PING)
+        with relay.tunnel():
+            assert client.wait_until_up(10)
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 5
+    hung.set()
+
+
+def test_too_many_connects_are_refused(
+    relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+
+    def hang(*arguments: object) -> socket.socket:
+        if arguments[0] is client.endpoint:
+            release.wait()
+        return blocking_connect(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(client_module, "blocking_connect", hang)
+    with running(relay, endpoint.address) as client, relay.tunnel() as raw:
+        for _ in range(600):
+            raw.new(os.urandom(16))
+        raw.receive_flow(frame.CLOSE)
+        release.set()
+        raw.sock.close()
+        wait_until(lambda: not client.bridges.all)
+
+
+# --- the library ---------------------------------------------------------------------------
+
+
+def test_wrong_arguments(credentials: Credentials) -> None:
+    with pytest.raises(ConfigurationError, match="--endpoint: no port"):
+        Client(credentials.ticket, "localhost")
+    with pytest.raises(ConfigurationError, match="no ticket"):
+        Client("hello", "localhost:80")
+    with pytest.raises(ConfigurationError, match="--server"):
+        Client(credentials.ticket, "localhost:80", server="[::1")
+    with pytest.raises(ConfigurationError, match="crypto package"):
+        Client(credentials.ticket, "localhost:80", crypto="openssl")
+
+
+def test_a_ticket_as_text(relay: RawRelay, endpoint: Endpoint) -> None:
+    for text in (relay.credentials.ticket.to_line(), relay.credentials.ticket.to_json()):
+        with Client(text, endpoint.address) as client, relay.tunnel():
+            assert client.wait_until_up(10)
+
+
+def test_run_and_stop_from_another_thread(relay: RawRelay, endpoint: Endpoint) -> None:
+    client = Client(relay.credentials.ticket, endpoint.address)
+    thread = threading.Thread(target=client.run)
+    thread.start()
+    with relay.tunnel():
+        assert client.wait_until_up(10)
+        assert not client.wait(0.01)
+        client.stop()
+    thread.join(10)
+    assert client.wait(0)
+    with pytest.raises(MisuseError, match="started already"):
+        client.start()
+    client.stop()  # harmless
+
+
+def test_stop_before_start_and_while_connecting(credentials: Credentials) -> None:
+    client = Client(credentials.at("192.0.2.1:9"), "127.0.0.1:1")
+    client.stop()
+    with Client(credentials.ticket, "127.0.0.1:1"):
+        pass  # the connect hangs in a black hole; stop doesn't
+
+
+def test_stop_closes_every_channel_and_the_connection(relay: RawRelay, endpoint: Endpoint) -> None:
+    flows: list[int] = []
+
+    def read(raw: Raw) -> None:
+        with contextlib.suppress(EOFError):
+            while True:
+                flows.append(raw.receive()[1])
+
+    client = Client(relay.credentials.ticket, endpoint.address).start()
+    with relay.tunnel() as raw:
+        open_echo(raw)
+        reader = threading.Thread(target=read, args=(raw,))
+        reader.start()
+        client.stop()
+        reader.join(10)
+    assert flows == [frame.CLOSE]
+
+
+def test_throttling_paces_data_frames(tmp_path: Path, endpoint: Endpoint) -> None:
+    with RawRelay(Credentials(tmp_path, throttling=20)) as relay:
+        with running(relay, endpoint.address), relay.tunnel() as raw:
+            raw.new(b"c" * 16)
+            raw.send(frame.DATA, b"c" * 16, data=client_hello() + b"SOURCE 900000\n")
+            begin, frames, received = time.monotonic(), 0, 0
+            while received < 900_000:
+                data = raw.receive_flow(frame.DATA)[2]
+                received += len(data)
+                frames += 1
+                assert len(data) <= 65536
+            took_s = time.monotonic() - begin
+    # No test fails on time: that it was not faster than allowed is what throttling promises.
+    assert frames <= took_s * 20 + 2
+    assert frames >= 14

@@ -1,0 +1,240 @@
+"""Server and Client inside the test's process, and hand-made peers that speak frame by frame."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from snitun_sync.client import Client
+from snitun_sync.protocol import frame
+from snitun_sync.protocol.aes import load
+from snitun_sync.protocol.cipher import unit_cipher
+from snitun_sync.protocol.handshake import ClientHandshake, Handshake, RelayHandshake
+from snitun_sync.server import Server
+from tests.support import WAIT_S, Credentials, Device, Endpoint, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from snitun_sync.net.service import Service
+
+
+def is_idle(service: Service) -> bool:
+    """Tell whether no channel, nothing held and no timer but the tunnels' own is left."""
+    timers = {t._timer for t in service.tunnels}
+    expiries = sum(1 for t in service.tunnels if hasattr(t._owner, "_expiry"))
+    return (
+        not service.bridges.all
+        and not service.bridges.held_bytes
+        and not service.bridges.holding_tunnels
+        and not getattr(service, "arrivals", ())
+        and service.loop.timer_count <= len(timers) + expiries
+        and all(not t.mux.channels and not t.mux._fences and not t._queue for t in service.tunnels)
+    )
+
+
+class Services:
+    """Our relay and our client, connected."""
+
+    def __init__(self, folder: Path, endpoint: Endpoint | None = None, **options: Any) -> None:
+        self.endpoint = endpoint or Endpoint()
+        client_options = {
+            name: options.pop(name)
+            for name in ("endpoint_address", "client_budget_bytes", "crypto")
+            if name in options
+        }
+        crypto = client_options.get("crypto", "")
+        server_options = (
+            {"budget_bytes": options.pop("budget_bytes")} if "budget_bytes" in options else {}
+        )
+        self.credentials = Credentials(folder, **options)
+        self.server = Server(
+            [self.credentials.fernet_key], ["127.0.0.1:0"], crypto=crypto, **server_options
+        ).start()
+        self.port = self.server.ports[0]
+        budget = client_options.get("client_budget_bytes")
+        self.client = Client(
+            self.credentials.at(f"127.0.0.1:{self.port}"),
+            client_options.get("endpoint_address", self.endpoint.address),
+            crypto=crypto,
+            **({"budget_bytes": budget} if budget else {}),
+        ).start()
+        assert self.client.wait_until_up(WAIT_S)
+
+    def __enter__(self) -> Services:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.stop()
+        self.server.stop()
+        self.endpoint.close()
+
+    def device(self, command: str = "", **options: Any) -> Device:
+        """Connect a device."""
+        return Device(self.port, command, **options)
+
+    def wait_until_idle(self) -> None:
+        """Wait until nothing is left in either of them."""
+        for service in (self.server, self.client):
+            wait_until(lambda service=service: is_idle(service), f"{service} is idle")  # type: ignore[misc]
+
+
+class Raw:
+    """One end of a tunnel by hand: a blocking socket behind the handshake."""
+
+    def __init__(self, sock: socket.socket, credentials: Credentials, *, is_relay: bool) -> None:
+        self.sock = sock
+        sock.settimeout(WAIT_S)
+        payload = credentials.payload
+        self.cipher = unit_cipher(
+            payload.cipher,
+            load(),
+            payload.aes_key,
+            payload.aes_iv,
+            is_relay=is_relay,
+            random=os.urandom,
+        )
+        self.recorded = b""
+        """All that this end has sent, sealed."""
+        self._is_relay = is_relay
+        self._buffer = b""
+
+    def __enter__(self) -> Raw:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+    def handshake(self, token: str = "") -> None:
+        """Do this end's part of the handshake."""
+        aes = load()
+        shake: Handshake
+        if self._is_relay:
+            shake = RelayHandshake(self.cipher, aes, os.urandom)
+        else:
+            shake = ClientHandshake(self.cipher, aes, token)
+        self._send(shake.first())
+        answer = b""
+        while not shake.is_done:
+            data = self.sock.recv(65536)
+            assert data, "the other side closed during the handshake"
+            answer += shake.receive(data)
+        if answer:
+            self._send(answer)
+        self._buffer = shake.rest
+
+    def _send(self, data: bytes) -> None:
+        self.recorded += data
+        self.sock.sendall(data)
+
+    def send(self, flow: int, channel_id: bytes, extra: bytes = b"", data: bytes = b"") -> None:
+        """Send a frame; the payload of NEW is sealed as in version 2."""
+        header = frame.HEADER.pack(
+            channel_id, flow, len(data), extra.ljust(frame.EXTRA_SIZE, b"\0")
+        )
+        if flow == frame.NEW and data:
+            self._send(b"".join(self.cipher.seal([header, data])))
+        else:
+            self._send(self.cipher.seal([header])[0] + data)
+
+    def new(self, channel_id: bytes, address: bytes = bytes([192, 0, 2, 1])) -> None:
+        """Open a channel, as in version 2."""
+        self.send(frame.NEW, channel_id, data=frame.pack_address(address).ljust(16, b"\0"))
+
+    def receive(self) -> tuple[bytes, int, bytes, bytes]:
+        """Return the next frame: id, flow, extra and data."""
+        unit = self._take(frame.HEADER_SIZE + self.cipher.overhead)
+        channel_id, flow, size, extra = frame.HEADER.unpack(self.cipher.open(unit))
+        if flow == frame.NEW and size:
+            return (
+                channel_id,
+                flow,
+                extra,
+                self.cipher.open(self._take(size + self.cipher.overhead)),
+            )
+        return channel_id, flow, extra, self._take(size)
+
+    def receive_flow(self, wanted: int) -> tuple[bytes, bytes, bytes]:
+        """Return id, extra and data of the next frame of this flow; answer PINGs meanwhile."""
+        while True:
+            channel_id, flow, extra, data = self.receive()
+            if flow == wanted:
+                return channel_id, extra, data
+            if flow == frame.PING and extra.startswith(b"ping"):
+                self.send(frame.PING, channel_id, b"pong")
+
+    def _take(self, size: int) -> bytes:
+        while len(self._buffer) < size:
+            data = self.sock.recv(1 << 20)
+            if not data:
+                raise EOFError
+            self._buffer += data
+        data, self._buffer = self._buffer[:size], self._buffer[size:]
+        return data
+
+    def prove(self) -> None:
+        """As a relay: answer the client's first PING."""
+        channel_id, flow, extra, _ = self.receive()
+        assert (flow, extra[:4]) == (frame.PING, b"ping")
+        self.send(frame.PING, channel_id, b"pong")
+
+    def wait_for_end(self) -> None:
+        """Read until the other side has closed or reset the connection."""
+        with contextlib.suppress(EOFError, ConnectionResetError):
+            while True:
+                self.receive()
+
+
+def raw_client(credentials: Credentials, port: int) -> Raw:
+    """Connect to a relay and do the handshake."""
+    raw = Raw(socket.create_connection(("127.0.0.1", port)), credentials, is_relay=False)
+    raw.handshake(credentials.token)
+    return raw
+
+
+class RawRelay:
+    """A relay by hand: it accepts clients one by one."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        self.credentials = credentials
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.settimeout(WAIT_S)
+        self.port: int = self.listener.getsockname()[1]
+        credentials.at(f"127.0.0.1:{self.port}")
+
+    def __enter__(self) -> RawRelay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listener.close()
+
+    def accept(self) -> socket.socket:
+        """Return the next client's connection, its token read."""
+        sock, _ = self.listener.accept()
+        sock.settimeout(WAIT_S)
+        token = b""
+        while len(token) < len(self.credentials.token):
+            piece = sock.recv(65536)
+            assert piece
+            token += piece
+        assert token.decode() == self.credentials.token
+        return sock
+
+    def tunnel(self, *, prove: bool = True) -> Raw:
+        """Accept a client and do the handshake; `prove`: answer its PING too."""
+        raw = Raw(self.accept(), self.credentials, is_relay=True)
+        raw.handshake()
+        if prove:
+            raw.prove()
+        return raw
+
+
+@contextlib.contextmanager
+def refusing_port() -> Iterator[int]:
+    """Yield a port that refuses connections and that nobody else gets."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield sock.getsockname()[1]
