@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
 
+from snitun_sync.net.sockets import unacknowledged_bytes
 from snitun_sync.protocol.aes import load
 from snitun_sync.protocol.ticket import Ticket
 from snitun_sync.protocol.token import Fernet, Payload, new_fernet_key
@@ -141,16 +142,19 @@ class Endpoint:
                 sock.sendall(pattern(sent, size))
                 sent += size
             if command == "EARLY":
-                return  # with the device's data unread in the socket: as servers do on 413
+                # Close, as servers do that refuse an upload: with the device's data unread,
+                # which is a reset. (First let the answer leave this kernel's send buffer.)
+                wait_until(lambda: not unacknowledged_bytes(sock))
+                return
             sock.shutdown(socket.SHUT_WR)
             while sock.recv(65536):
                 pass
         elif command == "SINK":
             self._sink(sock, rest, count)
         elif command == "ECHO":
-            while rest:
+            sock.sendall(rest)
+            while rest := sock.recv(65536):
                 sock.sendall(rest)
-                rest = sock.recv(65536)
         elif command == "HANG":
             while sock.recv(65536):
                 pass

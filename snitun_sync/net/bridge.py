@@ -10,9 +10,9 @@ counted against the budget of the process. Above the high watermark the peer is
 paused. In the other direction a bridge reads only while the tunnel can take it.
 
 ENDING is what a well-behaved end takes: what is held is flushed, the sending side
-is shut down, and input is drained until the other side ends too, or 2 s. (To close
-with unread input sends a reset that destroys the last bytes at the receiver.) An
-abort is a reset on purpose.
+is shut down, and input is drained until the other side ends too, or 2 s after it has
+taken all. (To close with unread input, or before more input, sends a reset that
+destroys the last bytes at the receiver.) An abort is a reset on purpose.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from enum import Enum
 from ..errors import ChannelError, EndpointError, SniTunError
 from ..protocol.mux import ChannelState
 from .loop import READ, WRITE, Handler
+from .sockets import unacknowledged_bytes
 from .tuning import (
     DRAIN_S,
     HIGH_WATERMARK_BYTES,
-    HIGH_WATERMARK_SHARE,
     IOV_MAX,
     LOW_WATERMARK_BYTES,
+    PRESSURE_OVER_SHARE,
+    PRESSURE_SHARE,
     RESUME_READING_SHARE,
     STALLED_S,
 )
@@ -60,7 +62,14 @@ class BridgeState(Enum):
 class Bridges:
     """All bridges of a process, and the bytes that they may hold together."""
 
-    __slots__ = ("all", "held_bytes", "holding_tunnels", "limit_bytes", "suspended")
+    __slots__ = (
+        "all",
+        "held_bytes",
+        "holding_tunnels",
+        "is_pressed",
+        "limit_bytes",
+        "suspended",
+    )
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
@@ -68,6 +77,8 @@ class Bridges:
         self.all: set[Bridge] = set()
         self.holding_tunnels = 0
         """How many tunnels have bridges that hold anything."""
+        self.is_pressed = False
+        """Whether so much is held that no channel may hold more than it has."""
         self.suspended: set[Tunnel] = set()
         """Tunnels that are not read until there is room again."""
 
@@ -79,6 +90,12 @@ class Bridges:
     def changed(self, delta: int) -> None:
         """Account for `delta` more bytes held; let tunnels go on when there is room again."""
         self.held_bytes += delta
+        if self.is_pressed:
+            self.is_pressed = self.held_bytes > self.limit_bytes * PRESSURE_OVER_SHARE
+        elif self.held_bytes > self.limit_bytes * PRESSURE_SHARE:
+            self.is_pressed = True
+            for bridge in self.all:
+                bridge.pause_peer_above(1)
         if self.suspended and self.held_bytes <= self.limit_bytes * RESUME_READING_SHARE:
             for tunnel in tuple(self.suspended):
                 tunnel.resume_reading()
@@ -94,6 +111,7 @@ class Bridge(Handler):
         "_is_shut",
         "_queue",
         "_timer",
+        "_unacknowledged",
         "active_at",
         "channel",
         "device",
@@ -126,6 +144,7 @@ class Bridge(Handler):
         self._has_eof = False  # the socket has said its last word
         self._is_deaf = False  # the socket takes nothing any more; it may still be read
         self._is_shut = False
+        self._unacknowledged = 0  # bytes that the other side had not taken at the last look
         self._timer: Timer | None = None
         tunnel.bridges.all.add(self)
         self._update()
@@ -303,8 +322,20 @@ class Bridge(Handler):
                 return
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer = loop.call_later(DRAIN_S, self.close)
+            self._timer = loop.call_later(DRAIN_S, self._drain_over)
             self._update()
+
+    def _drain_over(self) -> None:
+        """Close, unless the kernel still has something to deliver: a reset would destroy it."""
+        assert self.sock is not None
+        now = self.tunnel.loop.now
+        before, self._unacknowledged = self._unacknowledged, unacknowledged_bytes(self.sock)
+        if self._unacknowledged != before:
+            self.drained_at = now
+        elif not before or self.drained_at + STALLED_S <= now:
+            self.close()
+            return
+        self._timer = self.tunnel.loop.call_later(DRAIN_S, self._drain_over)
 
     def _stalled(self) -> None:
         """What is held at the end doesn't drain: abort, unless some has meanwhile."""
@@ -326,17 +357,20 @@ class Bridge(Handler):
         if channel.state is ChannelState.ENDED:
             return
         if channel.has_paused_peer:
-            if held <= LOW_WATERMARK_BYTES and held * 2 <= self._high_watermark(bridges):
+            if held <= (0 if bridges.is_pressed else LOW_WATERMARK_BYTES):
                 log.debug("%s: %d bytes held, the peer may go on", self, held)
                 self.tunnel.mux.resume(channel)
-        elif self.tunnel.mux.can_pause and held >= self._high_watermark(bridges):
-            log.debug("%s: %d bytes held, pausing the peer", self, held)
-            self.tunnel.mux.pause(channel)
+        else:
+            self.pause_peer_above(1 if bridges.is_pressed else HIGH_WATERMARK_BYTES)
 
-    @staticmethod
-    def _high_watermark(bridges: Bridges) -> int:
-        free = max(0, bridges.limit_bytes - bridges.held_bytes)
-        return min(HIGH_WATERMARK_BYTES, free // HIGH_WATERMARK_SHARE)
+    def pause_peer_above(self, watermark: int) -> None:
+        """Ask for no more DATA if this much is held."""
+        channel, mux = self.channel, self.tunnel.mux
+        if self.held_bytes < watermark or channel.has_paused_peer or not mux.can_pause:
+            return
+        if channel.state is not ChannelState.ENDED:
+            log.debug("%s: %d bytes held, pausing the peer", self, self.held_bytes)
+            mux.pause(channel)
 
     def _update(self) -> None:
         """Watch the socket for what is wanted of it now."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
+import sys
+import termios
 from struct import Struct
 
 TYPE_CHECKING = False
@@ -53,6 +56,16 @@ def path_bytes(sock: socket.socket) -> int:
         return 0
     round_trip_us, rate = _TCP_INFO.unpack(info)
     return int(rate * round_trip_us // 1_000_000)
+
+
+def unacknowledged_bytes(sock: socket.socket) -> int:
+    """Return how much of what was sent, the end included, the other side hasn't acknowledged."""
+    buffer = bytearray(4)
+    try:
+        fcntl.ioctl(sock, termios.TIOCOUTQ, buffer)
+    except OSError:
+        return 0
+    return int.from_bytes(buffer, sys.byteorder)
 
 
 def blocking_connect(address: Address, timeout_s: float) -> socket.socket:

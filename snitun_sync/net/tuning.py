@@ -8,8 +8,10 @@ from __future__ import annotations
 # socket busy over the round trip of a RESUME, little enough for many of them.
 HIGH_WATERMARK_BYTES = 256 * 1024
 LOW_WATERMARK_BYTES = 128 * 1024
-# As the process fills up, channels are paused earlier: at this share of what is free.
-HIGH_WATERMARK_SHARE = 4
+# Above this share of the budget every channel is paused that holds anything; the rest
+# of it is for what is on its way already.
+PRESSURE_SHARE = 0.5
+PRESSURE_OVER_SHARE = 0.4
 CLIENT_BUDGET_BYTES = 8 * 1024 * 1024
 RELAY_BUDGET_BYTES = 64 * 1024 * 1024
 # Reading goes on once the process holds less than this share of its budget.

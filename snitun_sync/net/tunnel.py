@@ -107,7 +107,7 @@ class Tunnel(Handler):
         "_queue",
         "_received_at",
         "_sent_at",
-        "_suspended_at",
+        "_suspension",
         "_throttle_timer",
         "_timer",
         "bridges",
@@ -158,7 +158,7 @@ class Tunnel(Handler):
         """The most that a channel may send in its turn."""
         self._next_frame_at = 0.0
         self._throttle_timer: Timer | None = None
-        self._suspended_at: float | None = None
+        self._suspension: Timer | None = None  # while the tunnel isn't read
         self._in_flight_limit = IN_FLIGHT_BYTES
         limit_unsent(sock, UNSENT_BYTES)
         self.started_at = self._received_at = self._sent_at = loop.now
@@ -408,23 +408,30 @@ class Tunnel(Handler):
         self.held_bytes += delta
         self.bridges.holding_tunnels += bool(self.held_bytes) - bool(before)
         self.bridges.changed(delta)
+        # Whatever others hold: with little of its own, a tunnel goes on.
+        if self._suspension is not None and self._share_held < 0.5:
+            self.resume_reading()
+
+    @property
+    def _share_held(self) -> float:
+        """What the tunnel holds of its fair share of the budget: 1 is all of it."""
+        bridges = self.bridges
+        return self.held_bytes * bridges.holding_tunnels / bridges.limit_bytes
 
     def _relieve(self) -> None:
         """The process holds all that it may: abort what has stalled, or stop reading."""
         bridges = self.bridges
-        if self.held_bytes * bridges.holding_tunnels < bridges.limit_bytes:
-            return  # less than its share: others are to blame, and will be stopped
+        if self._share_held < 1:
+            return  # others are to blame, and will be stopped
         self._abort_stalled(at_least_one=False)
-        if bridges.is_full and self._suspended_at is None:
-            self._suspended_at = self.loop.now
+        if bridges.is_full and self._suspension is None:
+            self._suspension = self.loop.call_later(SUSPEND_S, self._suspension_over)
             bridges.suspended.add(self)
-            self.loop.call_later(SUSPEND_S, self._suspension_over)
             self._update()
 
     def _suspension_over(self) -> None:
-        if self._suspended_at is not None and self._suspended_at + SUSPEND_S <= self.loop.now:
-            self._abort_stalled(at_least_one=True)
-            self.resume_reading()
+        self._abort_stalled(at_least_one=True)
+        self.resume_reading()
 
     def _abort_stalled(self, *, at_least_one: bool) -> None:
         """Abort the channels that hold most and don't drain, until there is room."""
@@ -446,8 +453,9 @@ class Tunnel(Handler):
     def resume_reading(self) -> None:
         """There is room again: go on reading the tunnel."""
         self.bridges.suspended.discard(self)
-        if self._suspended_at is not None:
-            self._suspended_at = None
+        if self._suspension is not None:
+            self._suspension.cancel()
+            self._suspension = None
             # The peer was not silent, we did not listen: its time starts anew.
             if self._pinged_at >= self._received_at:
                 self._pinged_at = self.loop.now
@@ -467,7 +475,7 @@ class Tunnel(Handler):
         if self.is_relay or is_asked:
             limit_s = SILENCE_S if self.is_relay else ANSWER_S
             left_s = (self._received_at if self.is_relay else self._pinged_at) + limit_s - now
-            if left_s <= 0.001 and self._suspended_at is None:
+            if left_s <= 0.001 and self._suspension is None:
                 self.end(LostError(f"the other side was silent for {limit_s:.0f} s"))
                 return
         else:
@@ -547,7 +555,7 @@ class Tunnel(Handler):
         if self.sock is None:
             return
         events = 0
-        if self._suspended_at is None and len(self._queue) < OUTPUT_LIMIT_BYTES:
+        if self._suspension is None and len(self._queue) < OUTPUT_LIMIT_BYTES:
             events = READ
         if self._queue:
             events |= WRITE

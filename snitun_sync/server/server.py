@@ -34,7 +34,7 @@ from ..protocol.frame import EXPIRED, IPV4_MAPPED, STOPPING, TAKEN_OVER
 from ..protocol.handshake import RelayHandshake
 from ..protocol.hello import ALERT_INTERNAL_ERROR, ALERT_UNRECOGNIZED_NAME
 from ..protocol.names import parse_address
-from ..protocol.token import Fernet, Payload
+from ..protocol.token import Fernet, Payload, check_fernet_keys
 from .arrival import Arrival, Listener
 
 TYPE_CHECKING = False
@@ -83,6 +83,7 @@ class Server(Service):
             )
             for text in texts
         ]
+        check_fernet_keys(fernet_keys)
         super().__init__(budget_bytes=budget_bytes, crypto=crypto)
         self.fernet = Fernet(fernet_keys, self.aes)
         self.arrivals: set[Arrival] = set()

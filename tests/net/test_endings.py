@@ -1,0 +1,498 @@
+"""How channels end: every byte of an answer, resets in every state, nothing left behind."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+
+from snitun_sync.client import client as client_module
+from snitun_sync.net import bridge as bridge_module
+from snitun_sync.net import tunnel as tunnel_module
+from snitun_sync.net.bridge import BridgeState
+from snitun_sync.net.sockets import blocking_connect
+from tests.services import Services, refusing_port
+from tests.support import (
+    MIB,
+    Device,
+    Endpoint,
+    client_hello,
+    download,
+    in_threads,
+    pattern_sha256,
+    reset,
+    upload,
+    wait_until,
+)
+
+
+@pytest.fixture(params=[0, 2])
+def version(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture
+def services(tmp_path: Path, version: int) -> Iterator[Services]:
+    with Services(tmp_path, version=version) as services:
+        yield services
+
+
+class OneEndpoint:
+    """An endpoint whose one connection the test has in its own hands."""
+
+    def __init__(self, tmp_path: Path, **options: Any) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.settimeout(30)
+        address = f"127.0.0.1:{self.listener.getsockname()[1]}"
+        self.services = Services(tmp_path, endpoint_address=address, **options)
+
+    def __enter__(self) -> OneEndpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.services.__exit__()
+        self.listener.close()
+
+    def connect(self) -> tuple[Device, socket.socket]:
+        """Return a device and its connection at the endpoint, the ClientHello read."""
+        device = self.services.device()
+        device.sock.sendall(client_hello())
+        sock, _ = self.listener.accept()
+        sock.settimeout(30)
+        left = len(client_hello())
+        while left:
+            left -= len(sock.recv(left))
+        return device, sock
+
+
+# --- good ends -------------------------------------------------------------------------
+
+
+def test_bytes_both_ways(services: Services) -> None:
+    download(services.port, 20 * MIB)
+    upload(services.port, 20 * MIB)
+    with services.device("ECHO") as device:
+        for size in (1, 100, 5000, 70_000):
+            device.exchange(bytes(size))
+    services.wait_until_idle()
+
+
+def test_many_at_once(services: Services) -> None:
+    jobs: tuple[Callable[..., None], ...] = (download, upload)
+    in_threads(30, lambda number: jobs[number % 2](services.port, MIB))
+    services.wait_until_idle()
+
+
+def test_a_device_that_still_sends_gets_every_byte_of_the_answer(services: Services) -> None:
+    """The endpoint answers and closes with input unread, as servers do that refuse an upload."""
+    size = 5 * MIB
+    with services.device(f"EARLY {size}") as device:
+        stop = threading.Event()
+
+        def keep_sending() -> None:
+            try:
+                while not stop.is_set():
+                    device.sock.send(bytes(65536))
+            except OSError:
+                pass
+
+        sender = threading.Thread(target=keep_sending)
+        sender.start()
+        digest = device.receive_all(pause_s=0.001)
+        stop.set()
+        sender.join(10)
+    assert digest == (size, pattern_sha256(size))
+    services.wait_until_idle()
+
+
+def test_a_slow_device_gets_the_last_byte(services: Services) -> None:
+    download(services.port, 4 * MIB, pause_s=0.005, receive_buffer=16384)
+    services.wait_until_idle()
+
+
+def test_a_slow_endpoint_gets_the_last_byte(services: Services) -> None:
+    services.endpoint.slow_s = 0.005
+    upload(services.port, 4 * MIB)
+    services.wait_until_idle()
+
+
+def test_what_a_half_closed_device_has_sent_arrives(tmp_path: Path, version: int) -> None:
+    with OneEndpoint(tmp_path, version=version) as one:
+        device, sock = one.connect()
+        device.send_pattern(3 * MIB)
+        device.sock.shutdown(socket.SHUT_WR)
+        received = 0
+        while data := sock.recv(65536):
+            received += len(data)
+        assert received == 3 * MIB
+        # CLOSE has no half: the device's connection is over now.
+        assert device.sock.recv(1) == b""
+        sock.close()
+        device.sock.close()
+        one.services.wait_until_idle()
+
+
+def test_the_end_of_the_endpoint_reaches_the_device_at_once(tmp_path: Path, version: int) -> None:
+    with OneEndpoint(tmp_path, version=version) as one:
+        device, sock = one.connect()
+        sock.sendall(b"goodbye")
+        sock.close()
+        assert device.receive_all()[0] == 7
+        # The device isn't reset although it says something after the end.
+        device.sock.sendall(b"late")
+        device.sock.close()
+        one.services.wait_until_idle()
+
+
+def test_a_device_that_never_ends_is_closed_after_the_drain_time(
+    tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge_module, "DRAIN_S", 0.2)
+    with OneEndpoint(tmp_path, version=version) as one:
+        device, sock = one.connect()
+        sock.close()
+        assert device.sock.recv(1) == b""
+        begin = time.monotonic()
+        with pytest.raises(OSError, match=r"Broken pipe|reset"):
+            while time.monotonic() < begin + 20:
+                device.sock.sendall(b"x")
+                time.sleep(0.01)
+        device.sock.close()
+        one.services.wait_until_idle()
+
+
+def test_what_is_held_at_the_end_is_not_held_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bridge_module, "STALLED_S", 0.3)
+    with OneEndpoint(tmp_path) as one:
+        device, sock = one.connect()
+        stop_reading = one.services.server
+        sent = 0
+        sock.settimeout(0.3)
+        try:
+            while True:
+                sent += sock.send(bytes(65536))
+        except TimeoutError:
+            pass
+        one.services.client.loop.call_soon_threadsafe(end_all, one.services.client)
+        wait_until(lambda: "not taken in" in caplog.text)
+        wait_until(lambda: not stop_reading.bridges.all)
+        with pytest.raises(ConnectionResetError):
+            device.receive(sent + 1)
+        device.sock.close()
+        sock.close()
+
+
+def end_all(service: Any) -> None:
+    """End all channels of a service as if their sockets had ended."""
+    for bridge in tuple(service.bridges.all):
+        bridge.tunnel.mux.abort(bridge.channel)
+
+
+# --- resets in every state ---------------------------------------------------------------
+
+
+def test_a_device_resets_while_idle(tmp_path: Path, version: int) -> None:
+    with OneEndpoint(tmp_path, version=version) as one:
+        device, sock = one.connect()
+        reset(device.sock)
+        assert sock.recv(1) == b""
+        sock.close()
+        one.services.wait_until_idle()
+
+
+def test_an_endpoint_resets_while_idle(tmp_path: Path, version: int) -> None:
+    with OneEndpoint(tmp_path, version=version) as one:
+        device, sock = one.connect()
+        reset(sock)
+        assert device.sock.recv(1) == b""
+        device.sock.close()
+        one.services.wait_until_idle()
+
+
+@pytest.mark.parametrize("who", ["device", "endpoint", "both"])
+@pytest.mark.parametrize("direction", ["download", "upload", "both"])
+def test_resets_in_the_middle_of_a_transfer(
+    tmp_path: Path, version: int, who: str, direction: str
+) -> None:
+    with OneEndpoint(tmp_path, version=version) as one:
+        device, sock = one.connect()
+        senders = {"download": [sock], "upload": [device.sock], "both": [sock, device.sock]}[
+            direction
+        ]
+
+        def send(sender: socket.socket) -> None:
+            try:
+                while True:
+                    sender.sendall(bytes(65536))
+            except OSError:
+                pass
+
+        threads = [threading.Thread(target=send, args=(sender,)) for sender in senders]
+        for thread in threads:
+            thread.start()
+        other = {sock: device.sock, device.sock: sock}
+        for sender in senders:
+            for _ in range(20):
+                other[sender].recv(65536)
+        victims = {"device": [device.sock], "endpoint": [sock], "both": [sock, device.sock]}[who]
+        for victim in victims:
+            # A blocked sendall on another thread keeps the socket open: end it first.
+            victim.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            victim.close()
+        for survivor in (sock, device.sock):
+            if survivor not in victims:
+                try:
+                    while survivor.recv(1 << 20):
+                        pass
+                except OSError:
+                    pass
+                survivor.close()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+        one.services.wait_until_idle()
+
+
+def test_resets_before_the_endpoint_is_connected(
+    tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+
+    def late(*arguments: Any) -> socket.socket:
+        if arguments[0].port == port:
+            release.wait()
+        return blocking_connect(*arguments)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        monkeypatch.setattr(client_module, "blocking_connect", late)
+        with Services(tmp_path, version=version, endpoint_address=f"127.0.0.1:{port}") as services:
+            devices = [services.device("HANG") for _ in range(5)]
+            wait_until(lambda: len(services.client.bridges.all) == 5)
+            for device in devices[:4]:
+                reset(device.sock)
+            wait_until(lambda: len(services.server.bridges.all) == 1)
+            release.set()
+            for _ in range(5):
+                sock, _ = listener.accept()
+                sock.close()
+            devices[4].sock.close()
+            services.wait_until_idle()
+
+
+def test_resets_while_ending(tmp_path: Path, version: int) -> None:
+    with OneEndpoint(tmp_path, version=version) as one:
+        device, sock = one.connect()
+        sock.sendall(bytes(8 * MIB)[: 64 * 1024])
+        sock.close()
+        wait_until(
+            lambda: all(b.state is BridgeState.ENDING for b in one.services.server.bridges.all)
+        )
+        reset(device.sock)
+        one.services.wait_until_idle()
+
+
+def test_a_refused_endpoint_ends_the_device_s_connection(tmp_path: Path, version: int) -> None:
+    with refusing_port() as port:
+        address = f"127.0.0.1:{port}"
+        with Services(tmp_path, version=version, endpoint_address=address) as services:
+            with services.device("ECHO") as device:
+                assert device.sock.recv(1) == b""
+            services.wait_until_idle()
+
+
+# --- the tunnel ends -----------------------------------------------------------------------
+
+
+def test_devices_are_reset_when_the_tunnel_is_lost(services: Services) -> None:
+    """What they had may be cut short: a plain end would hide it."""
+    devices = [services.device("ECHO") for _ in range(5)]
+    for device in devices:
+        device.exchange()
+    services.server.loop.call_soon_threadsafe(lose_tunnels, services.server)
+    for device in devices:
+        with pytest.raises(ConnectionResetError):
+            device.sock.recv(1)
+        device.sock.close()
+    wait_until(lambda: not services.server.bridges.all and not services.client.bridges.all)
+    assert services.client.wait_until_up(30)  # and back again
+
+
+def lose_tunnels(service: Any) -> None:
+    for tunnel in tuple(service.tunnels):
+        reset(tunnel.sock.dup())
+        tunnel.sock.shutdown(socket.SHUT_RDWR)
+
+
+def test_stop_flushes_what_is_held(tmp_path: Path, version: int) -> None:
+    with OneEndpoint(tmp_path, version=version) as one:
+        device, sock = one.connect()
+        sock.sendall(bytes(100_000))
+        assert device.receive(100_000) == bytes(100_000)
+        begin = time.monotonic()
+        one.services.client.stop()
+        assert time.monotonic() - begin < 20
+        assert device.sock.recv(1) == b""
+        assert sock.recv(1) == b""
+        device.sock.close()
+        sock.close()
+
+
+# --- back-pressure -----------------------------------------------------------------------
+
+
+def test_a_stalled_device_is_paused_and_costs_little(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG), Services(tmp_path) as services:
+        size = 20 * MIB
+        with services.device(f"SOURCE {size}", receive_buffer=16384) as stalled:
+            wait_until(lambda: "pausing the peer" in caplog.text)
+            wait_until(lambda: "paused by the peer" in caplog.text)
+            with services.device("ECHO") as other:
+                for _ in range(50):
+                    other.exchange()
+            assert services.server.bridges.held_bytes < 2 * MIB
+            assert services.client.bridges.held_bytes == 0
+            assert stalled.receive_all() == (size, pattern_sha256(size))
+        assert "the peer may go on" in caplog.text
+        services.wait_until_idle()
+
+
+def test_a_stalled_endpoint_is_paused_and_costs_little(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG), Services(tmp_path) as services:
+        size = 20 * MIB
+        services.endpoint.go_on.clear()
+        job = threading.Thread(target=upload, args=(services.port, size))
+        job.start()
+        wait_until(lambda: "pausing the peer" in caplog.text)
+        with services.device("ECHO") as other:
+            for _ in range(50):
+                other.exchange()
+        assert services.client.bridges.held_bytes < 2 * MIB
+        services.endpoint.go_on.set()
+        job.join(60)
+        assert not job.is_alive()
+        services.wait_until_idle()
+
+
+def test_watermarks_sink_as_the_process_fills_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """More stalled devices than fit with the usual watermark: nobody is stopped nor aborted."""
+    with caplog.at_level(logging.DEBUG), Services(tmp_path, budget_bytes=8 * MIB) as services:
+        devices = [services.device(f"SOURCE {6 * MIB}", receive_buffer=8192) for _ in range(25)]
+        wait_until(lambda: caplog.text.count("pausing the peer") >= 25)
+        assert services.server.bridges.is_pressed
+        assert not services.server.bridges.suspended
+        in_threads(25, lambda number: receive_everything(devices[number], 6 * MIB))
+        assert "aborted" not in caplog.text
+        services.wait_until_idle()
+
+
+def receive_everything(device: Device, size: int) -> None:
+    with device:
+        assert device.receive_all() == (size, pattern_sha256(size))
+
+
+def test_version_0_a_short_stall_completes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Services(tmp_path, version=0, budget_bytes=4 * MIB) as services:
+        devices = [services.device(f"SOURCE {20 * MIB}") for _ in range(3)]
+        wait_until(lambda: services.server.bridges.suspended)
+        time.sleep(1)
+        in_threads(3, lambda number: receive_everything(devices[number], 20 * MIB))
+        assert not caplog.text
+        services.wait_until_idle()
+
+
+def test_version_0_a_long_stall_aborts_the_channel_that_stalls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tunnel_module, "SUSPEND_S", 0.5)
+    with Services(tmp_path, version=0, budget_bytes=4 * MIB) as services:
+        with services.device("ECHO") as other, services.device(f"SOURCE {50 * MIB}") as stalled:
+            other.exchange()
+            wait_until(lambda: "aborted: it held" in caplog.text)
+            other.exchange()
+            with pytest.raises(ConnectionResetError):
+                stalled.receive_all()
+            other.exchange()
+        services.wait_until_idle()
+        assert caplog.text.count("aborted") == 1
+        assert services.client.tunnel is not None  # it lives on
+        download(services.port, MIB)
+
+
+def test_version_0_several_stalls_cost_one_suspension(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tunnel_module, "SUSPEND_S", 0.5)
+    suspensions: list[float] = []
+    real = tunnel_module.Tunnel._suspension_over
+
+    def counted(self: Any) -> None:
+        suspensions.append(time.monotonic())
+        real(self)
+
+    monkeypatch.setattr(tunnel_module.Tunnel, "_suspension_over", counted)
+    with Services(tmp_path, version=0, budget_bytes=4 * MIB) as services:
+        devices = [services.device(f"SOURCE {50 * MIB}") for _ in range(6)]
+        wait_until(lambda: caplog.text.count("aborted: it held") == 6)
+        assert len(suspensions) <= 2
+        for device in devices:
+            device.sock.close()
+        services.wait_until_idle()
+
+
+def test_a_suspended_tunnel_is_not_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client stops reading for longer than its own keepalive would allow."""
+    monkeypatch.setattr(tunnel_module, "SUSPEND_S", 4.0)
+    monkeypatch.setattr(tunnel_module, "KEEPALIVE_S", 1.0)
+    monkeypatch.setattr(tunnel_module, "ANSWER_S", 1.0)
+    with Services(tmp_path, version=0, client_budget_bytes=MIB) as services:
+        services.endpoint.go_on.clear()
+        job = threading.Thread(target=upload, args=(services.port, 20 * MIB))
+        job.start()
+        wait_until(lambda: services.client.bridges.suspended)
+        tunnel = services.client.tunnel
+        time.sleep(3)
+        assert services.client.bridges.suspended
+        services.endpoint.go_on.set()
+        job.join(60)
+        assert services.client.tunnel is tunnel
+
+
+def test_the_budget_is_shared_fairly_between_tunnels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One client's stalled device doesn't stop another client's tunnel."""
+    monkeypatch.setattr(tunnel_module, "SUSPEND_S", 5.0)
+    service = Endpoint()
+    with Services(tmp_path, version=0, budget_bytes=4 * MIB) as services:
+        from snitun_sync.client import Client
+        from tests.support import Credentials
+
+        other = Credentials(
+            tmp_path, version=0, hostname="other.test", fernet_key=services.credentials.fernet_key
+        ).at(f"127.0.0.1:{services.port}")
+        with Client(other, service.address) as client:
+            assert client.wait_until_up(30)
+            with services.device(f"SOURCE {50 * MIB}"):
+                wait_until(lambda: services.server.bridges.suspended)
+                download(services.port, 20 * MIB, hostname="other.test")
+                assert services.server.bridges.suspended
+    service.close()
