@@ -67,6 +67,9 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        if not epilog:
+            return  # a sub-command
+        self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {masked(message)}; see {self.prog} --help\n")
@@ -85,7 +88,6 @@ class Parser(argparse.ArgumentParser):
             metavar="LEVEL",
             help=f"{', '.join(LOG_LEVELS)} (default: info); debug has a line for each connection",
         )
-        self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
 
 def masked(text: str) -> str:

@@ -233,6 +233,7 @@ class Client(Service):
 
     def _close(self) -> None:
         self._workers.close()
+        self.loop.run_calls()  # the sockets that the workers handed over last
         super()._close()
 
 

@@ -221,7 +221,6 @@ class Loop(Handler):
         """Run until `stop` is called. Who owns the loop calls `close` then."""
         while not self._is_stopping:
             self._turn()
-        self._run_calls()  # results of workers that came last
 
     def close(self) -> None:
         """Free the loop's own sockets; harmless when it is done already."""
@@ -256,10 +255,11 @@ class Loop(Handler):
                     log.exception("defect in %s", type(handler).__name__)
                     handler.fail(error)
         self._run_timers()
-        self._run_calls()
+        self.run_calls()
         self.flush()
 
-    def _run_calls(self) -> None:
+    def run_calls(self) -> None:
+        """Run what `call_soon` has collected; once `run` is over, this is for who owns the loop."""
         for _ in range(len(self._calls)):
             callback, args = self._calls.popleft()
             self._guarded(callback, *args)

@@ -61,6 +61,8 @@ class Workers:
             if self._active.get(key, 0) >= THREADS_PER_KEY:
                 pass
             elif self._idle:
+                # Counted here: until it runs, the thread must not be taken for idle again.
+                self._idle -= 1
                 self._condition.notify()
             elif self._threads < THREADS:
                 self._threads += 1
@@ -100,6 +102,5 @@ class Workers:
                         return job
                 self._idle += 1
                 self._condition.wait()
-                self._idle -= 1
             self._threads -= 1
             return None

@@ -77,6 +77,18 @@ def test_jobs_that_hang_don_t_delay_other_keys(workers: Workers) -> None:
     wait_until(lambda: len(done) == 30)
 
 
+def test_jobs_submitted_at_once_don_t_share_one_idle_thread(workers: Workers) -> None:
+    release, done = threading.Event(), []
+    workers.submit("first", lambda: None, lambda result, error: done.append("first"))
+    wait_until(lambda: workers._idle == 1)
+    with workers._condition:  # nobody wakes up before all are in the queue
+        for _ in range(20):
+            workers.submit("hanging", lambda: hang(release), lambda result, error: None)
+        workers.submit("good", lambda: None, lambda result, error: done.append("good"))
+    wait_until(lambda: done == ["first", "good"])
+    release.set()
+
+
 def test_threads_are_started_as_they_are_needed_and_bounded(workers: Workers) -> None:
     release = threading.Event()
     assert workers._threads == 0
