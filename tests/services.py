@@ -189,9 +189,11 @@ class Raw:
 
 
 def raw_client(credentials: Credentials, port: int) -> Raw:
-    """Connect to a relay and do the handshake."""
+    """Connect to a relay, do the handshake, and let it know that GOAWAY is understood."""
     raw = Raw(socket.create_connection(("127.0.0.1", port)), credentials, is_relay=False)
     raw.handshake(credentials.token)
+    raw.send(frame.PING, b"first ping......", frame.EXTRA_PING_GOAWAY)
+    assert raw.receive_flow(frame.PING)[0] == b"first ping......"
     return raw
 
 

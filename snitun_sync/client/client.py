@@ -145,15 +145,15 @@ class Client(Service):
 
     def _failed(self, error: SniTunError) -> None:
         """An attempt or a tunnel is over: try again, unless that makes no sense."""
-        if self._is_spent:
+        if self._once:
+            self._end(error)
+        elif self._is_spent:
             self._end(
                 LinkError(
                     f"{error}; the ticket's cipher aes-gcm serves one connection only, and this "
                     "was it: get a new ticket, or one for aes-cbc or aes-gcm-siv"
                 )
             )
-        elif self._once:
-            self._end(error)
         else:
             limit_s = min(LAST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(self._attempts - 1, 16))
             delay_s = limit_s * int.from_bytes(os.urandom(4), "big") / 2**32

@@ -28,7 +28,14 @@ from ..errors import (
     TakenOverError,
     ViolationError,
 )
-from ..protocol.frame import EXPIRED, IPV4_MAPPED, STOPPING, TAKEN_OVER
+from ..protocol.frame import (
+    EXPIRED,
+    EXTRA_PING,
+    EXTRA_PING_GOAWAY,
+    IPV4_MAPPED,
+    STOPPING,
+    TAKEN_OVER,
+)
 from ..protocol.mux import Mux
 from .bridge import Bridge
 from .loop import READ, WRITE, Handler
@@ -184,7 +191,7 @@ class Tunnel(Handler):
             self._up()
         else:
             self.state = TunnelState.PROVING
-            self._ping()
+            self._ping(EXTRA_PING_GOAWAY)
         return memoryview(handshake.rest)
 
     def _handshake_overdue(self) -> None:
@@ -464,8 +471,8 @@ class Tunnel(Handler):
 
     # --- keepalive -----------------------------------------------------------------
 
-    def _ping(self) -> None:
-        self._ping_id = self.mux.ping()
+    def _ping(self, extra: bytes = EXTRA_PING) -> None:
+        self._ping_id = self.mux.ping(extra)
         self._pinged_at = self.loop.now
 
     def _check(self) -> None:

@@ -20,10 +20,13 @@ PING = 0x08
 PING_OLD = 0x05  # what some documents give; accepted, never sent
 PAUSE = 0x16
 RESUME = 0x32
-GOAWAY = 0x47  # ours: the relay's last frame, says why it ends the tunnel
+GOAWAY = 0x47  # ours: the relay's last frame, says why it ends the tunnel; only to who knows it
 
 EXTRA_PING = b"ping"
 EXTRA_PONG = b"pong"
+# Ours: a ping of whoever knows GOAWAY. For others what follows "ping" is filler; and a
+# published 0.39.1 or 0.40.0 raises an error on a flow that it doesn't know.
+EXTRA_PING_GOAWAY = b"ping" + b"goaway?"
 
 # GOAWAY's reasons, at the start of its extra.
 TAKEN_OVER = b"over"  # the id is the new client's address, IPv6 or IPv4-mapped; then its port, 2

@@ -29,6 +29,7 @@ from .frame import (
     CLOSE,
     DATA,
     EXTRA_PING,
+    EXTRA_PING_GOAWAY,
     EXTRA_PONG,
     EXTRA_SIZE,
     GOAWAY,
@@ -158,6 +159,7 @@ class Mux:
         "_old_turns",
         "_partial",
         "_payloads",
+        "_peer_knows_goaway",
         "_random",
         "_unit_size",
         "_units",
@@ -183,6 +185,7 @@ class Mux:
         self.channels: dict[bytes, Channel] = {}
         self.can_pause = version >= 1
         self._has_seen_pause = False
+        self._peer_knows_goaway = False
         # Receiving: units are collected in _partial, payloads run through, _left bytes of them.
         self._partial = bytearray()
         self._unit_size = HEADER_SIZE + cipher.overhead
@@ -261,19 +264,16 @@ class Mux:
         channel.has_paused_peer = False
         self._queue(RESUME, channel.id)
 
-    def ping(self) -> bytes:
+    def ping(self, extra: bytes = EXTRA_PING) -> bytes:
         """Queue a PING; return its random id, which the pong will bear."""
         ping_id = self._random(ID_SIZE)
-        self._queue(PING, ping_id, EXTRA_PING)
+        self._queue(PING, ping_id, extra)
         return ping_id
 
     def go_away(self, reason: bytes, address: bytes = bytes(16)) -> None:
-        """Queue the relay's last frame: why it ends the tunnel.
-
-        Newer published clients skip it; 0.39.1 and 0.40.0 end the tunnel on it,
-        which is what follows anyway.
-        """
-        self._queue(GOAWAY, address, reason)
+        """Queue the relay's last frame, why it ends the tunnel, for a client that knows it."""
+        if self._peer_knows_goaway:
+            self._queue(GOAWAY, address, reason)
 
     def data_to_send(self) -> list[Buffer]:
         """Return what is to be written next, in order, and forget it: sealed units and payloads."""
@@ -434,6 +434,7 @@ class Mux:
 
     def _ping_received(self, ping_id: bytes, extra: bytes) -> None:
         if not extra.startswith(EXTRA_PONG):
+            self._peer_knows_goaway |= extra == EXTRA_PING_GOAWAY
             self._queue(PING, ping_id, EXTRA_PONG)
             return
         if self._confirms and self._confirms[0][0] == ping_id:

@@ -87,7 +87,7 @@ def _start(release: str, role: str, config: dict[str, Any]) -> Program:
 def published_relay(release: str, credentials: Credentials) -> tuple[Program, int]:
     """Start a published relay; return it and its port. The ticket names it from now on."""
     port = free_port()
-    config = {"fernet_key": credentials.fernet_key, "host": "127.0.0.1", "port": port}
+    config = {"fernet_key": credentials.fernet_key, "host": ["127.0.0.1", "::1"], "port": port}
     program = _start(release, "server", config)
     credentials.at(f"127.0.0.1:{port}")
     return program, port

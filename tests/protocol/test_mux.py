@@ -291,8 +291,14 @@ def test_unknown_flows_are_skipped_with_their_payload() -> None:
     assert len(pair.client.output()) == 32
 
 
-def test_go_away() -> None:
+def test_go_away_is_for_clients_that_know_it() -> None:
     pair = Pair()
+    pair.relay.mux.go_away(frame.STOPPING)
+    pair.client.mux.ping()
+    pair.exchange()
+    assert not pair.client.goaways
+    pair.client.mux.ping(frame.EXTRA_PING_GOAWAY)
+    pair.exchange()
     pair.relay.mux.go_away(frame.TAKEN_OVER + b"\x12\x34", ADDRESS_6)
     pair.client.mux.go_away(frame.STOPPING)  # no business of a client's
     pair.exchange()
