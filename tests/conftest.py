@@ -33,6 +33,11 @@ def credentials(tmp_path: Path) -> Credentials:
     return Credentials(tmp_path)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the project's own options."""
+    parser.addoption("--long", action="store_true", help="stalls of a minute, takeovers for five")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """No test fails because the machine is slow, nor because of what the caller's shell holds."""
     hypothesis.settings.register_profile("project", deadline=None)
