@@ -35,7 +35,7 @@ TLS runs from the device to that service: the relay sees no plaintext."""
 
 EPILOG = f"""\
 A ticket is what `snitun-master ticket` prints: a JSON object, or a line that starts
-with {LINE_PREFIX}. Every option takes either form. Give it by one of
+with `{LINE_PREFIX}`. Every option takes either form. Give it by one of
   --token-file FILE       the best way: nobody else can read a file with mode 600
   --token -               from standard input
   ${TOKEN_ENVIRONMENT}           removed from the environment at once

@@ -32,6 +32,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
 
+    from ..net.workers import Job
     from ..protocol.aes import Aes
     from ..protocol.cipher import UnitCipher
     from ..protocol.mux import Channel
@@ -80,6 +81,7 @@ class Client(Service):
         self._is_spent = False  # a single-use key has been used
         self._attempts = 0  # since the last good tunnel
         self._held: list[Bridge] = []
+        self._connecting: dict[Bridge, Job] = {}
         self._up = threading.Event()
         self.tunnel: Tunnel | None = None
         """The tunnel at this moment; of the loop's thread."""
@@ -209,21 +211,33 @@ class Client(Service):
             bridge.abort(EndpointError("too many channels before the relay has proven itself"))
 
     def _open_endpoint(self, bridge: Bridge) -> None:
-        accepted = self._workers.submit(
+        job = self._workers.submit(
             self.endpoint,
             partial(blocking_connect, self.endpoint, CONNECT_S),
             partial(self._endpoint_open, bridge),
         )
-        if not accepted:
+        if job is not None:
+            self._connecting[bridge] = job
+        else:
             bridge.abort(EndpointError(f"too many connections wait for endpoint {self.endpoint}"))
 
     def _endpoint_open(
         self, bridge: Bridge, sock: socket.socket | None, error: Exception | None
     ) -> None:
+        self._connecting.pop(bridge, None)
         if sock is not None:
             bridge.connected(sock)
         else:
             bridge.abort(EndpointError(f"can't reach endpoint {self.endpoint}: {_reason(error)}"))
+
+    def channel_closed(self, bridge: Bridge) -> None:
+        """A device is gone: connect no more for it."""
+        if bridge in self._held:
+            self._held.remove(bridge)
+        job = self._connecting.pop(bridge, None)
+        if job is not None:
+            self._workers.cancel(job)
+        super().channel_closed(bridge)
 
     # --- the end -------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
 A job is a function that takes and returns plain values; its result comes back
 to the loop. Jobs that share a key (an endpoint, a relay) never occupy all
-threads: one that hangs in the resolver or in a connect delays neither other keys
-nor, as the threads are daemons, the end of the process.
+threads nor all of the queue: one that hangs in the resolver or in a connect delays
+neither other keys nor, as the threads are daemons, the end of the process.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 
 THREADS = 4
 THREADS_PER_KEY = 3
-QUEUE_LIMIT = 512
+QUEUED_PER_KEY = 512
 
 
-class _Job:
+class Job:
+    """What `Workers.submit` returns and `Workers.cancel` takes."""
+
     __slots__ = ("blocking", "done", "key")
 
     def __init__(self, key: object, blocking: Callable[[], Any], done: Done) -> None:
@@ -40,23 +42,25 @@ class Workers:
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._condition = threading.Condition()
-        self._jobs: deque[_Job] = deque()
+        self._waiting: dict[object, deque[Job]] = {}  # by key, the next to be served first
         self._active: dict[object, int] = {}
         self._threads = self._idle = 0
         self._is_closed = False
 
-    def submit(self, key: object, blocking: Callable[[], Any], done: Done) -> bool:
+    def submit(self, key: object, blocking: Callable[[], Any], done: Done) -> Job | None:
         """Run `blocking()` on a thread, then `done(result, error)` on the loop's thread.
 
-        One of the two is None. Return False, and do nothing, where too many jobs
-        wait already.
+        One of the two is None. Return None, and do nothing, where too many jobs
+        with this key wait already.
         """
+        job = Job(key, blocking, done)
         with self._condition:
             if self._is_closed:
                 raise MisuseError("the workers are closed")
-            if len(self._jobs) >= QUEUE_LIMIT:
-                return False
-            self._jobs.append(_Job(key, blocking, done))
+            waiting = self._waiting.setdefault(key, deque())
+            if len(waiting) >= QUEUED_PER_KEY:
+                return None
+            waiting.append(job)
             # A job whose key is at its limit is taken by the thread that makes room for it.
             if self._active.get(key, 0) >= THREADS_PER_KEY:
                 pass
@@ -67,13 +71,22 @@ class Workers:
             elif self._threads < THREADS:
                 self._threads += 1
                 threading.Thread(target=self._work, name="snitun-worker", daemon=True).start()
-        return True
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Nobody waits for the job any more: drop it, unless a thread has begun it."""
+        with self._condition:
+            waiting = self._waiting.get(job.key)
+            if waiting is not None and job in waiting:
+                waiting.remove(job)
+                if not waiting:
+                    del self._waiting[job.key]
 
     def close(self) -> None:
         """Let the threads end; a result that comes after this is closed, not handed over."""
         with self._condition:
             self._is_closed = True
-            self._jobs.clear()
+            self._waiting.clear()
             self._condition.notify_all()
 
     def _work(self) -> None:
@@ -92,13 +105,16 @@ class Workers:
                 elif result is not None:
                     result.close()
 
-    def _next_job(self) -> _Job | None:
+    def _next_job(self) -> Job | None:
         with self._condition:
             while not self._is_closed:
-                for position, job in enumerate(self._jobs):
-                    if self._active.get(job.key, 0) < THREADS_PER_KEY:
-                        del self._jobs[position]
-                        self._active[job.key] = self._active.get(job.key, 0) + 1
+                for key, waiting in self._waiting.items():
+                    if self._active.get(key, 0) < THREADS_PER_KEY:
+                        job = waiting.popleft()
+                        del self._waiting[key]
+                        if waiting:
+                            self._waiting[key] = waiting  # behind the other keys
+                        self._active[key] = self._active.get(key, 0) + 1
                         return job
                 self._idle += 1
                 self._condition.wait()

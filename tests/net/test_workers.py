@@ -9,7 +9,7 @@ import pytest
 
 from snitun_sync.errors import MisuseError
 from snitun_sync.net.loop import Loop
-from snitun_sync.net.workers import QUEUE_LIMIT, THREADS, THREADS_PER_KEY, Workers
+from snitun_sync.net.workers import QUEUED_PER_KEY, THREADS, THREADS_PER_KEY, Workers
 from tests.support import wait_until
 
 
@@ -121,14 +121,47 @@ def test_one_key_never_has_all_threads(workers: Workers) -> None:
     assert most == THREADS_PER_KEY < THREADS
 
 
-def test_the_queue_is_bounded(workers: Workers) -> None:
-    release = threading.Event()
+def test_the_queue_is_bounded_for_each_key(workers: Workers) -> None:
+    release, done = threading.Event(), []
     accepted = 0
     while workers.submit("key", lambda: hang(release), lambda result, error: None):
         accepted += 1
-        assert accepted <= QUEUE_LIMIT + THREADS
-    assert accepted >= QUEUE_LIMIT
+        assert accepted <= QUEUED_PER_KEY + THREADS
+    assert accepted >= QUEUED_PER_KEY
+    assert workers.submit("other", lambda: None, lambda result, error: done.append("other"))
+    wait_until(lambda: done == ["other"])
     release.set()
+
+
+def test_keys_take_turns(workers: Workers) -> None:
+    release = threading.Event()
+    for number in range(THREADS):  # all threads are busy
+        workers.submit(number, lambda: hang(release), lambda result, error: None)
+    for key in ("many", "many", "many", "one"):
+        workers.submit(key, lambda: None, lambda result, error: None)
+    assert [workers._next_job().key for _ in range(4)] == ["many", "one", "many", "many"]  # type: ignore[union-attr]
+    release.set()
+
+
+def test_a_job_that_nobody_waits_for_is_dropped(workers: Workers) -> None:
+    release, done = threading.Event(), []
+    jobs = [
+        workers.submit(
+            "key",
+            lambda: hang(release),
+            lambda result, error, number=number: done.append(number),  # type: ignore[misc]
+        )
+        for number in range(10)
+    ]
+    wait_until(lambda: workers._active.get("key") == THREADS_PER_KEY)
+    for job in jobs[:-1]:  # some have begun: no harm
+        assert job is not None
+        workers.cancel(job)
+        workers.cancel(job)
+    release.set()
+    wait_until(lambda: len(done) == THREADS_PER_KEY + 1)
+    assert 9 in done
+    assert not workers._waiting
 
 
 def test_a_result_that_comes_too_late_is_closed(workers: Workers) -> None:
