@@ -1,4 +1,4 @@
-"""Fixtures that all tests share."""
+"""Fixtures that all tests share, and what holds for every test run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,34 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from snitun_sync.protocol import aes as aes_module
 from snitun_sync.protocol.aes import BACKENDS, Aes, load
 from tests.support import Credentials, Endpoint
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the project's own options."""
+    parser.addoption("--long", action="store_true", help="stalls of a minute, takeovers for five")
+    parser.addoption("--crypto", choices=BACKENDS, help="the crypto package for all programs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No test fails because the machine is slow, nor because of what the caller's shell holds."""
+    hypothesis.settings.register_profile("project", deadline=None)
+    hypothesis.settings.load_profile("project")
+    for name in ("SNITUN_TOKEN", "SNITUN_CRYPTO", "JOURNAL_STREAM"):
+        os.environ.pop(name, None)
+    crypto = config.getoption("--crypto")
+    if crypto:
+        os.environ["SNITUN_CRYPTO"] = crypto
+        aes_module._loaded[""] = load(crypto)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In CI nothing is skipped."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") == "true" and reporter is not None and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(params=BACKENDS)
@@ -31,16 +57,3 @@ def endpoint() -> Iterator[Endpoint]:
 def credentials(tmp_path: Path) -> Credentials:
     """A key and a ticket, version 2 with aes-cbc."""
     return Credentials(tmp_path)
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the project's own options."""
-    parser.addoption("--long", action="store_true", help="stalls of a minute, takeovers for five")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """No test fails because the machine is slow, nor because of what the caller's shell holds."""
-    hypothesis.settings.register_profile("project", deadline=None)
-    hypothesis.settings.load_profile("project")
-    for name in ("SNITUN_TOKEN", "SNITUN_CRYPTO"):
-        os.environ.pop(name, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -128,3 +129,30 @@ def test_what_an_import_brings_into_memory(module: str, absent: set[str]) -> Non
         check=True,
     )
     assert not (absent - set(bare.stdout.split())) & loaded
+
+
+def test_firmware_may_take_a_part(tmp_path: Path) -> None:
+    """The client runs without relay and session master, as README says."""
+    for name in ("__init__.py", "errors.py", "program.py", "protocol", "net", "client"):
+        source, target = PACKAGE / name, tmp_path / "snitun_sync" / name
+        if source.is_dir():
+            shutil.copytree(source, target)
+        else:
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(source, target)
+    command = [sys.executable, "-m", "snitun_sync.client", "--token", "-"]
+    done = subprocess.run(
+        command, cwd=tmp_path, input="{}", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 78, done.stderr
+    assert "the ticket's server is missing" in done.stderr
+
+
+def test_asserts_count_under_any_flag() -> None:
+    """Under python -O a plain assert would do nothing; pytest's are of another kind."""
+    from tests.support import wait_until
+
+    with pytest.raises(AssertionError):
+        assert PACKAGE is None
+    with pytest.raises(AssertionError):
+        wait_until(lambda: False, timeout_s=0)

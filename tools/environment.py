@@ -55,6 +55,25 @@ def ensure(venv: Path, *requirements: Path, python: str = sys.executable) -> Pat
     return interpreter
 
 
+def find_python(version: str) -> str | None:
+    """Return a working interpreter of a version like "3.9": this one, on the PATH, or of pyenv."""
+    candidates = [sys.executable, f"python{version}"]
+    for root in (os.environ.get("PYENV_ROOT"), Path.home() / ".pyenv"):
+        if root:
+            candidates += sorted(map(str, Path(root).glob(f"versions/{version}.*/bin/python3")))
+    code = "import sys; print('%d.%d' % sys.version_info[:2])"
+    for candidate in candidates:
+        try:
+            found = subprocess.run(
+                [candidate, "-c", code], capture_output=True, text=True, check=False
+            )
+        except OSError:
+            continue
+        if found.stdout.strip() == version:
+            return candidate
+    return None
+
+
 def _works(interpreter: Path) -> bool:
     try:
         return subprocess.run([str(interpreter), "-c", ""], check=False).returncode == 0

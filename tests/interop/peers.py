@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,31 +13,13 @@ from typing import Any
 import pytest
 
 from tests.support import PROJECT, Credentials, Endpoint, Program, free_port
+from tools.environment import find_python
 
 PEER = Path(__file__).with_name("snitun_peer.py")
 FOLDER = Path(os.environ.get("SNITUN_PEERS") or PROJECT / ".cache" / "snitun-peers")
 # Release → the Python that it runs on.
 RELEASES = {"0.39.1": "3.11", "0.40.0": "3.11", "0.47.0": "3.13"}
 NEWEST = "0.47.0"
-
-
-def find_python(version: str) -> str | None:
-    """Return a working interpreter of the given minor version: on the PATH, or of pyenv."""
-    candidates = [sys.executable, f"python{version}"]
-    for root in (os.environ.get("PYENV_ROOT"), Path.home() / ".pyenv"):
-        if root:
-            candidates += sorted(map(str, Path(root).glob(f"versions/{version}.*/bin/python3")))
-    code = "import sys; print('%d.%d' % sys.version_info[:2])"
-    for candidate in candidates:
-        try:
-            found = subprocess.run(
-                [candidate, "-c", code], capture_output=True, text=True, check=False
-            )
-        except OSError:
-            continue
-        if found.stdout.strip() == version:
-            return candidate
-    return None
 
 
 def missing(what: str) -> None:

@@ -1,0 +1,106 @@
+"""All tests and checks, in environments of their own.
+
+    python3 tools/test.py               everything; some minutes
+    python3 tools/test.py --quick       the package itself, with this Python
+    python3 tools/test.py -- -k mux     what follows -- goes to pytest, with this Python
+
+Where a program or a Python is missing, its tests are skipped and say so; with CI=true
+they fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import environment
+from tools.environment import PROJECT
+
+# The package itself: no other programs, no published releases.
+CORE = [
+    *("tests/protocol", "tests/net", "tests/client", "tests/server"),
+    *("tests/test_layering.py", "tests/test_programs.py"),
+]
+OTHER_PYTHONS: tuple[tuple[str, tuple[str, ...]], ...] = (("3.9", ()), ("3.13", ("-OO",)))
+CACHE = PROJECT / ".cache"
+
+
+class Steps:
+    """Runs the steps one by one, says what is going on, and sums up."""
+
+    def __init__(self) -> None:
+        self._results: list[tuple[str, str, float]] = []
+
+    def run(self, name: str, *command: str, env: dict[str, str] | None = None) -> None:
+        """Run a command in the project's folder."""
+        print(f"\n=== {name}", flush=True)
+        begin = time.monotonic()
+        done = subprocess.run(command, cwd=PROJECT, env={**os.environ, **(env or {})}, check=False)
+        self._results.append(
+            (name, "ok" if done.returncode == 0 else "FAILED", time.monotonic() - begin)
+        )
+
+    def missing(self, name: str, what: str) -> None:
+        """A step can't run here; that is a failure in CI."""
+        result = "FAILED" if os.environ.get("CI") == "true" else "skipped"
+        self._results.append((f"{name}: no {what} here", result, 0.0))
+
+    def report(self) -> int:
+        """Print the results; return the exit code."""
+        print("\n=== results")
+        for name, result, took_s in self._results:
+            print(f"{result:8} {took_s:6.0f} s  {name}")
+        return int(any(result == "FAILED" for _, result, _ in self._results))
+
+
+def other_pythons(steps: Steps) -> None:
+    """Run the package's own tests with the oldest and the newest Python."""
+    for version, flags in OTHER_PYTHONS:
+        name = f"tests of the package, Python {version} {' '.join(flags)}".rstrip()
+        base = environment.find_python(version)
+        if base is None:
+            steps.missing(name, f"Python {version}")
+            continue
+        python = environment.ensure(
+            CACHE / f"python-{version}",
+            PROJECT / "requirements.txt",
+            PROJECT / "tests" / "requirements.txt",
+            python=base,
+        )
+        steps.run(name, str(python), *flags, "-m", "pytest", "-q", "-p", "no:cacheprovider", *CORE)
+
+
+def main() -> int:
+    """Run what the arguments ask for; return the exit code."""
+    parser = argparse.ArgumentParser(
+        description="All tests and checks, in environments of their own (.venv and .cache)."
+    )
+    parser.add_argument("--quick", action="store_true", help="the package itself, this Python")
+    parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENTS", help="for pytest")
+    options = parser.parse_args()
+    environment.enter("requirements.txt", "tests/requirements.txt", "tests/requirements-all.txt")
+    pytest = (sys.executable, "-m", "pytest", "-q")
+    steps = Steps()
+    if options.arguments:
+        steps.run("pytest", *pytest, *options.arguments)
+        return steps.report()
+    steps.run("ruff check", sys.executable, "-m", "ruff", "check", ".")
+    steps.run("ruff format", sys.executable, "-m", "ruff", "format", "--check", "--quiet", ".")
+    steps.run("mypy", sys.executable, "-m", "mypy")
+    if options.quick:
+        steps.run("tests of the package", *pytest, *CORE)
+        return steps.report()
+    steps.run("all tests", *pytest)
+    steps.run("tests of the package, cryptography", *pytest, "--crypto=cryptography", *CORE)
+    other_pythons(steps)
+    return steps.report()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
