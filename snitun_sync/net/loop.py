@@ -29,7 +29,10 @@ if TYPE_CHECKING:
         """Who has something to be sent at the end of the turn."""
 
         def flush(self) -> None:
-            """Write what was queued; copy what the socket doesn't take. May not raise."""
+            """Write what was queued; copy what the socket doesn't take."""
+
+        def fail(self, error: Exception) -> None:
+            """A defect: `flush` raised `error`."""
 
 
 READ = selectors.EVENT_READ
@@ -167,13 +170,16 @@ class Loop(Handler):
         while self._dirty:
             dirty, self._dirty = self._dirty, []
             for flushable in dirty:
-                flushable.flush()
+                try:
+                    flushable.flush()
+                except Exception as error:
+                    _defect(flushable, error)
         self._used = 0
 
     # --- calls and timers ------------------------------------------------------
 
     def call_soon(self, callback: Callable[..., object], *args: Any) -> None:
-        """Call `callback(*args)` at the end of this turn."""
+        """Call `callback(*args)` at the end of this turn, or of the next one if that has begun."""
         self._calls.append((callback, args))
 
     def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any) -> None:
@@ -252,8 +258,7 @@ class Loop(Handler):
                 try:
                     handler.on_ready(events)
                 except Exception as error:
-                    log.exception("defect in %s", type(handler).__name__)
-                    handler.fail(error)
+                    _defect(handler, error)
         self._run_timers()
         self.run_calls()
         self.flush()
@@ -279,8 +284,8 @@ class Loop(Handler):
     def _guarded(callback: Callable[..., object], *args: Any) -> None:
         try:
             callback(*args)
-        except Exception:
-            log.exception("defect in %s", getattr(callback, "__qualname__", callback))
+        except Exception as error:
+            _defect(getattr(callback, "__self__", callback), error)
 
     def on_ready(self, events: int) -> None:  # another thread woke the loop
         assert self.sock is not None
@@ -291,4 +296,12 @@ class Loop(Handler):
             pass
 
     def fail(self, error: Exception) -> None:
-        self._is_stopping = True
+        raise error
+
+
+def _defect(owner: object, error: Exception) -> None:
+    """Log `error`, and let `owner`, whose code raised it, end what it serves."""
+    log.error("defect in %s", type(owner).__name__, exc_info=error)
+    fail = getattr(owner, "fail", None)
+    if fail is not None:
+        fail(error)

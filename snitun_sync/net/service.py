@@ -43,8 +43,8 @@ class Service:
         self.loop = Loop()
         self.bridges = Bridges(budget_bytes)
         self.tunnels: set[Tunnel] = set()
-        self._thread: threading.Thread | None = None
         self._ident: int | None = None
+        self._begun = threading.Lock()  # taken once, by whoever comes first: a start or a stop
         self._is_started = self._is_stopping = False
         self._ended = threading.Event()
         self.error: SniTunError | None = None
@@ -53,19 +53,24 @@ class Service:
     # --- for the caller ------------------------------------------------------------
 
     def run(self) -> None:
-        """Run on this thread until the service ends or `stop` is called.
+        """Run on this thread until the service ends or `stop` is called; it may have been.
 
         Raises the SniTunError that ended it, if one did.
         """
-        self._prepare()
-        self._run()
+        self._ident = threading.get_ident()
+        if self._prepare():
+            self._run()
         self.wait()
 
     def start(self: Self) -> Self:
         """Run on a thread of its own; return at once. Raises what `_open` raises."""
-        self._prepare()
-        self._thread = threading.Thread(target=self._run, name=type(self).__name__, daemon=True)
-        self._thread.start()
+        if self._prepare():
+            thread = threading.Thread(target=self._run, name=type(self).__name__, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                self._free()
+                raise
         return self
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -84,10 +89,8 @@ class Service:
 
         On the loop's own thread, or in a signal handler above `run`, it doesn't wait.
         """
-        if not self._is_started:
-            self._is_started = True
-            self._close()
-            self._ended.set()
+        if self._begun.acquire(blocking=False):
+            self._free()
         self.loop.call_soon_threadsafe(self._stop)
         if threading.get_ident() != self._ident:
             self._ended.wait()
@@ -115,9 +118,13 @@ class Service:
         """Accept and open nothing any more; finish all tunnels."""
 
     def _end(self, error: SniTunError | None) -> None:
-        """End by itself, for the reason given; nothing is left to finish."""
+        """End by itself, for the reason given, once channels have delivered what they hold."""
         self.error = self.error or error
-        self.loop.stop()
+        self._stop()
+
+    def fail(self, error: Exception) -> None:
+        """A defect: a callback of this service raised `error` (see Loop)."""
+        self._end(SniTunError(f"a defect: {error!r}"))
 
     def channel_closed(self, bridge: Bridge) -> None:
         """A bridge is closed (see tunnel.Owner)."""
@@ -129,24 +136,35 @@ class Service:
 
     # --- inside --------------------------------------------------------------------
 
-    def _prepare(self) -> None:
-        if self._is_started:
-            raise MisuseError(f"this {type(self).__name__} has been started already")
+    def _prepare(self) -> bool:
+        """Open what can fail; return False if the service was stopped before it was started."""
+        if not self._begun.acquire(blocking=False):
+            if self._is_started:
+                raise MisuseError(f"this {type(self).__name__} has been started already")
+            return False
         self._is_started = True
         try:
             self._open()
         except BaseException:
-            self._ended.set()
-            self._close()
+            self._free()
             raise
+        return True
 
     def _run(self) -> None:
         self._ident = threading.get_ident()
         try:
-            self.loop.call_soon(self._begin)
+            self._begin()
             self.loop.run()
+        except Exception as error:
+            log.exception("defect in %s", type(self).__name__)
+            self.error = self.error or SniTunError(f"a defect: {error!r}")
         finally:
+            self._free()
+
+    def _free(self) -> None:
+        try:
             self._close()
+        finally:
             self._ended.set()
 
     def _stop(self) -> None:

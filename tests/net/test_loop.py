@@ -194,6 +194,9 @@ class Sink:
         self.flushed += [bytes(view) for view in self.views]
         self.views = []
 
+    def fail(self, error: Exception) -> None:
+        raise error
+
 
 def test_what_is_kept_stays_until_the_flush(loop: Loop) -> None:
     sink = Sink()

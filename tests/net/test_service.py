@@ -1,0 +1,126 @@
+"""The life of a service: it starts once, ends once, and says why."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from snitun_sync.errors import LostError, MisuseError, SniTunError
+from snitun_sync.net.service import Service
+from tests.support import wait_until
+
+
+class Probe(Service):
+    """A service that does nothing, or raises where it is told to."""
+
+    def __init__(self, fails_in: str = "") -> None:
+        super().__init__(budget_bytes=1000)
+        self.fails_in = fails_in
+        self.has_begun = False
+
+    def _step(self, name: str) -> None:
+        if self.fails_in == name:
+            raise RuntimeError(f"in {name}")
+
+    def _open(self) -> None:
+        self._step("open")
+
+    def _begin(self) -> None:
+        self._step("begin")
+        self.has_begun = True
+
+    def _begin_stop(self) -> None:
+        self._step("stop")
+
+    def _close(self) -> None:
+        super()._close()
+        self._step("close")
+
+
+def test_it_runs_once() -> None:
+    with Probe() as probe:
+        with pytest.raises(MisuseError):
+            probe.start()
+    assert probe.wait(0)
+    with pytest.raises(MisuseError):
+        probe.run()
+    probe.stop()
+
+
+def test_a_stop_before_the_start_ends_it_quietly() -> None:
+    for start in (Probe.run, Probe.start):
+        probe = Probe()
+        probe.stop()
+        start(probe)
+        assert probe.wait(5)
+        assert not probe.has_begun
+
+
+def test_an_error_in_open_is_the_caller_s() -> None:
+    probe = Probe("open")
+    with pytest.raises(RuntimeError, match="in open"):
+        probe.start()
+    assert probe.loop.sock is None
+    probe.stop()
+
+
+@pytest.mark.parametrize("where", ["begin", "stop"])
+def test_a_defect_ends_it_with_an_error(where: str) -> None:
+    probe = Probe(where).start()
+    probe.loop.call_soon_threadsafe(probe._stop)
+    with pytest.raises(SniTunError, match=f"a defect.*in {where}"):
+        probe.wait(10)
+    probe.stop()
+    assert probe.loop.sock is None
+
+
+def test_it_ends_even_if_freeing_fails() -> None:
+    probe = Probe("close")
+
+    def stop() -> None:
+        wait_until(lambda: probe.has_begun)
+        probe.stop()
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(RuntimeError, match="in close"):
+        probe.run()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_the_loop_s_own_defect_is_an_error() -> None:
+    with pytest.raises(SniTunError, match="a defect"):
+        with Probe() as probe:
+            wait_until(lambda: probe.has_begun)
+            os.close(probe.loop._selector.fileno())
+            probe.loop.call_soon_threadsafe(lambda: None)
+            probe.wait(10)
+
+
+def test_a_signal_while_it_opens() -> None:
+    """The handler runs on the thread that the end would have to be waited for on."""
+
+    class Slow(Probe):
+        def _open(self) -> None:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.05)
+
+    probe = Slow()
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: probe.stop())
+    try:
+        probe.run()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert probe.wait(0)
+
+
+def test_ending_by_itself_gives_the_reason() -> None:
+    with Probe() as probe:
+        probe.loop.call_soon_threadsafe(probe._end, LostError("enough"))
+        with pytest.raises(LostError, match="enough"):
+            probe.wait(10)
