@@ -3,6 +3,7 @@
     SniTunError
     ├── MisuseError            the caller broke a rule of this API
     ├── ConfigurationError     an option, a file or a field of it is wrong
+    │   ├── UsageError         an option's text is wrong, or options don't fit together
     │   ├── UnreadableError    a file that was named can't be read
     │   └── TicketError        the client's credential is malformed
     ├── ViolationError         the other side broke the wire protocol
@@ -35,6 +36,10 @@ class MisuseError(SniTunError):
 
 class ConfigurationError(SniTunError):
     """An option, a file or a field of it is wrong; the text says which."""
+
+
+class UsageError(ConfigurationError):
+    """An option's text is wrong, or options don't fit together."""
 
 
 class UnreadableError(ConfigurationError):

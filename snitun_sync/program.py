@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import time
 
 from . import __version__
 from .errors import (
@@ -21,12 +22,15 @@ from .errors import (
     RefusedError,
     SniTunError,
     UnreadableError,
+    UsageError,
 )
+from .protocol.aes import BACKENDS
+from .protocol.names import shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
     from .net.service import Service
 
@@ -35,11 +39,13 @@ EXIT_USAGE = 64
 EXIT_UNREADABLE = 66
 EXIT_UNAVAILABLE = 69
 EXIT_SOFTWARE = 70
+EXIT_IO = 74
 EXIT_REFUSED = 77
 EXIT_CONFIGURATION = 78
 
 _EXIT_CODES: tuple[tuple[type[SniTunError], int], ...] = (
     (UnreadableError, EXIT_UNREADABLE),
+    (UsageError, EXIT_USAGE),
     (ConfigurationError, EXIT_CONFIGURATION),
     (RefusedError, EXIT_REFUSED),
     (AuthenticationError, EXIT_REFUSED),
@@ -50,8 +56,14 @@ _EXIT_CODES: tuple[tuple[type[SniTunError], int], ...] = (
 LOG_LEVELS = ("debug", "info", "warning", "error")
 CRYPTO_ENVIRONMENT = "SNITUN_CRYPTO"
 MAX_SECRET_BYTES = 65536
-# Tokens and tickets, wherever they stand by mistake.
-_SECRET = re.compile(r"(gA|st1\.)[A-Za-z0-9_=-]{20,}|\{.{20,}|[A-Za-z0-9_=-]{43,}")
+PERIOD_S = 10.0
+WARNINGS_PER_PERIOD = 20  # of a kind
+SHORTEST_SECRET = 16
+# Tokens, tickets as a line or as JSON, Fernet keys and keys in hex, wherever they stand by
+# mistake; not what is part of a path.
+_SECRET = re.compile(
+    r"(?<![\w/-])(?:(?:gA|st1\.)[\w=-]{20,}|[\w-]{43}=|[0-9a-fA-F]{64}(?![\w-]))|(?s:\{.{20,})"
+)
 
 log = logging.getLogger("snitun_sync")
 
@@ -59,13 +71,15 @@ log = logging.getLogger("snitun_sync")
 class Parser(argparse.ArgumentParser):
     """argparse with the exit code of sysexits.h, and without secrets in its messages."""
 
-    def __init__(self, prog: str, *, description: str, epilog: str = "") -> None:
+    def __init__(self, prog: str, *, description: str, epilog: str = "", **options: Any) -> None:
+        """`options` are what argparse passes on to the parser of a sub-command."""
         super().__init__(
             prog=prog,
             description=description,
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            **options,
         )
         if not epilog:
             return  # a sub-command
@@ -97,7 +111,11 @@ def masked(text: str) -> str:
 
 def crypto(option: str | None) -> str:
     """Return the crypto package asked for: by the option, else by the environment, else ""."""
-    return option if option is not None else os.environ.get(CRYPTO_ENVIRONMENT, "")
+    if option is not None:
+        if option not in BACKENDS:
+            raise UsageError(f"--crypto: {shown(option)}; expected {' or '.join(BACKENDS)}")
+        return option
+    return os.environ.get(CRYPTO_ENVIRONMENT, "")
 
 
 def set_up_logging(level: str) -> None:
@@ -108,6 +126,39 @@ def set_up_logging(level: str) -> None:
         level=level.upper(),
         format="%(message)s" if under_journald else "%(asctime)s %(levelname)s %(message)s",
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(LogFilter())
+
+
+class LogFilter(logging.Filter):
+    """Masks secrets; lets a limited number of warnings of a kind through in a period.
+
+    What strangers can cause thousands of times shall not fill an appliance's SD card.
+    Warnings are of a kind when their format is the same; how many were left out is
+    said before the next one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._period_over = 0.0
+        self._counts: dict[str, int] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell whether the line is to be written."""
+        kind = str(record.msg)
+        record.msg, record.args = masked(record.getMessage()), ()
+        if record.levelno < logging.WARNING:
+            return True
+        now = time.monotonic()
+        if now >= self._period_over:
+            self._period_over = now + PERIOD_S
+            counts, self._counts = self._counts, {}
+            for left_out, count in counts.items():
+                if count > WARNINGS_PER_PERIOD:
+                    count -= WARNINGS_PER_PERIOD
+                    log.warning("left out %d lines like: %s", count, left_out)
+        count = self._counts[kind] = self._counts.get(kind, 0) + 1
+        return count <= WARNINGS_PER_PERIOD
 
 
 def read_text(path: str, option: str) -> str:
@@ -117,6 +168,8 @@ def read_text(path: str, option: str) -> str:
     """
     try:
         if path == "-":
+            if sys.stdin is None:
+                raise UnreadableError(f"{option}: standard input is closed")
             data = sys.stdin.buffer.read(MAX_SECRET_BYTES + 1)
         else:
             with open(path, "rb") as file:
@@ -124,8 +177,9 @@ def read_text(path: str, option: str) -> str:
                 mode = os.fstat(file.fileno()).st_mode
             if mode & 0o004:
                 log.warning("%s: %s can be read by everybody: chmod 600 it", option, path)
-    except OSError as error:
-        raise UnreadableError(f"{option}: can't read {path}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise UnreadableError(f"{option}: can't read {path}: {reason}") from None
     name = "standard input" if path == "-" else path
     if len(data) > MAX_SECRET_BYTES:
         raise UnreadableError(f"{option}: {name} has more than {MAX_SECRET_BYTES} bytes")
@@ -164,8 +218,11 @@ def hide_argument(value: str) -> None:
 def _overwrite(secret: str, start_field: int, end_field: int) -> None:
     """Overwrite `secret` in the memory between two addresses from /proc/self/stat (proc(5)).
 
-    Fields 48 and 49 bound the command line, 50 and 51 the first environment.
+    Fields 48 and 49 bound the command line, 50 and 51 the first environment. What is
+    too short to be a secret stays: it would be found in other words as well.
     """
+    if len(secret) < SHORTEST_SECRET:
+        return
     try:
         import ctypes  # noqa: PLC0415
 
@@ -175,12 +232,12 @@ def _overwrite(secret: str, start_field: int, end_field: int) -> None:
         start, end = int(fields[start_field - 3]), int(fields[end_field - 3])
         if not 0 < start < end:
             return
-        area = (ctypes.c_char * (end - start)).from_address(start)
+        area = (ctypes.c_char * (end - start)).from_address(start).raw
         wanted = os.fsencode(secret)
-        at = area.raw.find(wanted)
+        at = area.find(wanted)
         while at >= 0:
             ctypes.memset(start + at, ord("x"), len(wanted))
-            at = area.raw.find(wanted)
+            at = area.find(wanted, at + len(wanted))
     except (ImportError, OSError, ValueError, IndexError):
         pass  # not Linux, or /proc is hidden
 
@@ -217,13 +274,18 @@ def main(program: str, body: Callable[[Sequence[str]], None], arguments: Sequenc
     """Call `body(arguments)`; return the exit code, after one line for an error."""
     try:
         body(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except SniTunError as error:
         print(f"{program}: {masked(str(error))}", file=sys.stderr)
         return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), EXIT_SOFTWARE)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Who read our output is gone; don't complain once more at exit.
+    except OSError as error:  # what is printed can't be written
+        # Don't complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
+        if isinstance(error, BrokenPipeError):
+            return EXIT_OK  # who read it has seen enough
+        print(f"{program}: standard output: {error.strerror or error}", file=sys.stderr)
+        return EXIT_IO
     return EXIT_OK

@@ -234,6 +234,16 @@ class RawRelay:
         return raw
 
 
+def receive_exactly(sock: socket.socket, size: int) -> bytes:
+    """Return the next `size` bytes."""
+    data = b""
+    while len(data) < size:
+        piece = sock.recv(size - len(data))
+        assert piece, "the other side closed the connection"
+        data += piece
+    return data
+
+
 @contextlib.contextmanager
 def refusing_port() -> Iterator[int]:
     """Yield a port that refuses connections and that nobody else gets."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 import os
 import re
 import signal
@@ -15,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from snitun_sync import __version__
+from snitun_sync import program as program_module
+from snitun_sync.program import WARNINGS_PER_PERIOD, LogFilter, masked
 from snitun_sync.protocol.ticket import Ticket
 from tests.services import RawRelay, refusing_port
 from tests.support import (
@@ -110,23 +114,36 @@ def test_client_errors(tmp_path: Path, credentials: Credentials) -> None:
         (["--tokn", token], 64, r"unrecognized arguments: --tokn \[secret\]"),
         (["--protocol-version", "3"], 64, "argument --protocol-version: invalid choice"),
         (["--log-level", "loud"], 64, "--log-level: invalid choice: 'loud'"),
-        ([], 78, "no ticket: expected --token-file FILE, --token - or \\$SNITUN_TOKEN"),
+        ([], 64, "no ticket: expected --token-file FILE, --token - or \\$SNITUN_TOKEN"),
         (["--token-file", missing], 66, f"--token-file: can't read {missing}: No such file"),
         (["--token-file", tmp_path], 66, f"--token-file: can't read {tmp_path}: Is a directory"),
         (["--token-file", binary], 66, f"--token-file: {binary} is no text"),
         (["--token-file", broken], 78, "--token-file: the ticket.*was it cut short"),
-        (["--token", line, "--token-file", ticket_file], 78, "expected one of them, found both"),
+        (["--token", line, "--token-file", ticket_file], 64, "expected one of them, found both"),
         (["--token", str(ticket_file)], 78, "--token: no ticket.*for a file there is --token-file"),
         (["--token", token[:-1]], 78, "--token: no ticket.*was it cut short"),
-        (["--token", token], 78, "a bare Fernet token needs --server as well"),
-        (["--token", token, "--server", "x"], 78, "needs --aes-key-file as well"),
+        (["--token", token], 64, "a bare Fernet token needs --server as well"),
+        (["--token", token, "--server", "x"], 64, "needs --aes-key-file as well"),
         ([*bare, missing, "--aes-iv-file", missing], 66, "--aes-key-file: can't read"),
-        ([*bare, short_hex, "--aes-iv-file", short_hex], 78, "aes_key has 5 bytes, expected 32"),
+        (
+            [*bare, short_hex, "--aes-iv-file", short_hex],
+            78,
+            "short has 5 bytes in hex, expected 32",
+        ),
         ([*bare, broken, "--aes-iv-file", hex_file], 78, "broken is not a hex string"),
-        (["--token-file", ticket_file, "--cipher", "aes-gcm"], 78, "--cipher: only with a bare"),
-        (["--token-file", ticket_file, "--endpoint", "host"], 78, "--endpoint: no port in 'host'"),
-        (["--token-file", ticket_file, "--server", ":1"], 78, "--server: no host in ':1'"),
-        (["--token-file", ticket_file, "--crypto", "x"], 78, "crypto package 'x' is not known"),
+        (["--token-file", ticket_file, "--cipher", "aes-gcm"], 64, "--cipher: only with a bare"),
+        (["--token-file", ticket_file, "--endpoint", "host"], 64, "--endpoint: no port in 'host'"),
+        (["--token-file", ticket_file, "--server", ":1"], 64, "--server: no host in ':1'"),
+        (
+            ["--token-file", ticket_file, "--crypto", "x"],
+            64,
+            "--crypto: 'x'; expected pycryptodome or",
+        ),
+        (["--token", ""], 78, "--token: no ticket.*found nothing"),
+        (["--token", "x"], 78, "--token: no ticket.*found 1 characters"),
+        (["--token-file", ticket_file, "--server", token], 64, r"no host name in \d+ characters"),
+        (["--token-file", ticket_file, "--endpoint", "a..b:1"], 64, "--endpoint: no host name in"),
+        (["--token-file", ticket_file, "--server", "a:" + "1" * 5000], 64, "port 5000 characters"),
     ]
     for arguments, code, said in cases:
         result = run("client", *arguments)
@@ -211,8 +228,8 @@ def test_server_errors(tmp_path: Path, credentials: Credentials) -> None:
             (["--fernet-key-file", missing], 66, f"--fernet-key-file: can't read {missing}"),
             (["--fernet-key-file", empty], 78, f"--fernet-key-file: {empty}: no Fernet key"),
             (["--fernet-key-file", wrong], 78, f"{wrong}: Fernet key 2 is not 32 bytes"),
-            (["--fernet-key-file", keys, "--listen", "443"], 78, "--listen: no port in '443'"),
-            (["--fernet-key-file", keys, "--peer-listen", "*:x"], 78, "--peer-listen: port 'x'"),
+            (["--fernet-key-file", keys, "--listen", "443"], 64, "--listen: no port in '443'"),
+            (["--fernet-key-file", keys, "--peer-listen", "*:x"], 64, "--peer-listen: port 'x'"),
             (
                 ["--fernet-key-file", keys, "--listen", f"127.0.0.1:{port}"],
                 69,
@@ -223,6 +240,7 @@ def test_server_errors(tmp_path: Path, credentials: Credentials) -> None:
                 69,
                 "can't listen on relay",
             ),
+            (["--fernet-key-file", keys, "--listen", "a..b:1"], 64, "--listen: no host name in"),
         ]
         for arguments, code, said in cases:
             result = run("server", *arguments)
@@ -399,18 +417,20 @@ def test_master_errors(tmp_path: Path, credentials: Credentials) -> None:
     }
     cases: list[tuple[dict[str, str], int, str]] = [
         ({"--fernet-key-file": str(tmp_path / "no")}, 66, "--fernet-key-file: can't read"),
-        ({"--hostname": "two words"}, 78, "--hostname: 'two words' is not a DNS name"),
-        ({"--alias": "*.test"}, 78, "--alias: '*.test' is not a DNS name"),
-        ({"--server": "b.test:0"}, 78, "--server: port '0'"),
-        ({"--valid-for": "forever"}, 78, "--valid-for: 'forever'; expected a number and one of"),
-        ({"--valid-for": "0d"}, 78, "--valid-for: '0d'"),
-        ({"--valid-for": "9999999999w"}, 78, "up to 100 years"),
-        ({"--cipher": "aes-gcm"}, 78, "--cipher aes-gcm: its key must never serve two"),
+        ({"--hostname": "two words"}, 64, "--hostname: 'two words' is not a DNS name"),
+        ({"--alias": "*.test"}, 64, "--alias: '*.test' is not a DNS name"),
+        ({"--server": "b.test:0"}, 64, "--server: port '0'"),
+        ({"--valid-for": "forever"}, 64, "--valid-for: 'forever'; expected a number and one of"),
+        ({"--valid-for": "0d"}, 64, "--valid-for: '0d'"),
+        ({"--valid-for": "9999999999w"}, 64, "up to 100 years"),
+        ({"--cipher": "aes-gcm"}, 64, "--cipher aes-gcm: its key must never serve two"),
+        ({"--single-use": ""}, 64, "--single-use: only with --cipher aes-gcm, found aes-cbc"),
+        ({"--crypto": "x"}, 64, "--crypto: 'x'; expected pycryptodome or cryptography"),
         ({"--cipher": "rot13"}, 64, "--cipher: invalid choice: 'rot13'"),
         ({"--protocol-version": "9"}, 64, "--protocol-version: invalid choice"),
     ]
     for changed, code, said in cases:
-        arguments = [part for pair in {**good, **changed}.items() for part in pair]
+        arguments = [part for pair in {**good, **changed}.items() for part in pair if part]
         result = run("master", "ticket", *arguments)
         assert said in last_line(result), (changed, result.stderr)
         assert result.returncode == code
@@ -429,12 +449,95 @@ def test_aes_gcm_with_single_use(credentials: Credentials) -> None:
     assert Ticket.parse(made.stdout).cipher == "aes-gcm"
 
 
-def test_a_closed_pipe_is_no_error() -> None:
-    command = f"{sys.executable} -m snitun_sync.master new-key | true; exit ${{PIPESTATUS[0]}}"
-    result = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, cwd=PROJECT, check=False
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell command in which MASTER is the session master."""
+    return subprocess.run(
+        ["bash", "-c", command.replace("MASTER", f"{sys.executable} -m snitun_sync.master")],
+        capture_output=True,
+        text=True,
+        cwd=PROJECT,
+        check=False,
     )
-    assert "Traceback" not in result.stderr
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    result = shell("MASTER new-key | (exec <&-; sleep 1); exit ${PIPESTATUS[0]}")
+    assert (result.stderr, result.returncode) == ("", 0)
+
+
+def test_a_full_disk_is_an_error() -> None:
+    result = shell("MASTER new-key > /dev/full")
+    assert result.stderr == "snitun-master: standard output: No space left on device\n"
+    assert result.returncode == 74
+
+
+def test_standard_input_and_output_may_be_closed() -> None:
+    result = shell(
+        "MASTER ticket --fernet-key-file - --hostname a.test --server b.test <&-; exit $?"
+    )
+    assert last_line(result) == ("snitun-master: --fernet-key-file: standard input is closed")
+    assert result.returncode == 66
+    assert shell("MASTER new-key >&-").stderr == ""
+
+
+def test_many_names_make_a_token_that_no_relay_takes(credentials: Credentials) -> None:
+    def ticket(aliases: int) -> subprocess.CompletedProcess[str]:
+        names = [f"--alias=name-{number:04}.example.com" for number in range(aliases)]
+        file = credentials.key_file
+        return run(
+            *("master", "ticket", "--fernet-key-file", file, "--hostname", "a.test"),
+            *("--server", "b.test", *names),
+        )
+
+    assert ticket(10).stderr == ""
+    assert "relays of other makes take at most 2048" in ticket(60).stderr
+    result = ticket(300)
+    assert re.search(r"--alias: 300 names make a token of \d+ characters", last_line(result))
+    assert (result.stdout, result.returncode) == ("", 64)
+
+
+# --- the log ----------------------------------------------------------------------------
+
+
+def test_what_is_masked(credentials: Credentials) -> None:
+    for secret in (credentials.token, credentials.ticket.to_line(), credentials.fernet_key):
+        assert masked(f"host {secret}:443") == "host [secret]:443"
+    assert masked(f"found {credentials.payload.aes_key.hex()}") == "found [secret]"
+    assert masked('x {"a": "b",\n "aes_key": "00"} y') == "x [secret]"
+    for plain in (f"/var/lib/{'ab' * 32}/ticket", "a-long-name" * 6 + ".example.com", "{short}"):
+        assert masked(plain) == plain
+
+
+def test_a_secret_in_the_wrong_place_is_not_logged(credentials: Credentials) -> None:
+    short = credentials.token[:30]  # as long as a host name may be
+    with Program(
+        *module("snitun_sync.client", "--token-file", credentials.ticket_file, "--server", short)
+    ) as program:
+        program.wait_for("connecting to the relay")
+    assert short not in program.output
+
+
+def test_warnings_that_strangers_cause_are_limited(credentials: Credentials) -> None:
+    server, port = relay(credentials)
+    with server:
+        for _ in range(3 * WARNINGS_PER_PERIOD):
+            with socket.create_connection(("127.0.0.1", port)) as sock:
+                sock.sendall(b"gAAA not base64")
+                assert sock.recv(1) == b""
+        lines = server.output.count("characters other than base64's")
+    assert lines == WARNINGS_PER_PERIOD
+
+
+def test_the_log_tells_what_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    log_filter = LogFilter()
+    record = logging.LogRecord("x", logging.WARNING, "", 1, "%s: no", ("someone",), None)
+    passed = sum(log_filter.filter(copy.copy(record)) for _ in range(30))
+    assert passed == WARNINGS_PER_PERIOD
+    said: list[tuple[object, ...]] = []
+    monkeypatch.setattr(program_module.log, "warning", lambda *args: said.append(args))
+    log_filter._period_over = 0.0
+    assert log_filter.filter(record)
+    assert said == [("left out %d lines like: %s", 30 - WARNINGS_PER_PERIOD, "%s: no")]
 
 
 # --- kill -9 ----------------------------------------------------------------

@@ -1,8 +1,8 @@
 """All tests and checks, in environments of their own.
 
     python3 tools/test.py               everything; some minutes
-    python3 tools/test.py --quick       the package itself, with this Python
-    python3 tools/test.py -- -k mux     what follows -- goes to pytest, with this Python
+    python3 tools/test.py --quick       the package itself, with the Python of .venv alone
+    python3 tools/test.py -- -k mux     the same, and what follows -- goes to pytest
 
 Where a program or a Python is missing, its tests are skipped and say so; with CI=true
 they fail.
@@ -81,7 +81,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description="All tests and checks, in environments of their own (.venv and .cache)."
     )
-    parser.add_argument("--quick", action="store_true", help="the package itself, this Python")
+    parser.add_argument("--quick", action="store_true", help="the package itself, one Python")
     parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENTS", help="for pytest")
     options = parser.parse_args()
     environment.enter("requirements.txt", "tests/requirements.txt", "tests/requirements-all.txt")

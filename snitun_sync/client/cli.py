@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from ..errors import ConfigurationError, TicketError
+from ..errors import ConfigurationError, TicketError, UsageError
 from ..net.tuning import CLIENT_BUDGET_BYTES
 from ..program import (
     Parser,
@@ -17,8 +17,9 @@ from ..program import (
     set_up_logging,
     take_environment,
 )
-from ..protocol.cipher import CIPHERS
-from ..protocol.ticket import LINE_PREFIX, TOKEN_PREFIX, Ticket, is_token
+from ..protocol.cipher import CIPHERS, IV_SIZE, KEY_SIZE
+from ..protocol.names import parse_address
+from ..protocol.ticket import LINE_PREFIX, RELAY_PORT, TOKEN_PREFIX, Ticket, is_token
 from .client import Client
 
 TYPE_CHECKING = False
@@ -86,7 +87,7 @@ def find_ticket(options: Namespace) -> Ticket:
     """Return the ticket that the options, or the environment, give. Raises ConfigurationError."""
     from_environment = take_environment(TOKEN_ENVIRONMENT)
     if options.token is not None and options.token_file is not None:
-        raise ConfigurationError("--token and --token-file: expected one of them, found both")
+        raise UsageError("--token and --token-file: expected one of them, found both")
     if options.token_file is not None:
         text, source = read_text(options.token_file, "--token-file"), "--token-file"
     elif options.token == "-":
@@ -102,7 +103,7 @@ def find_ticket(options: Namespace) -> Ticket:
     elif from_environment is not None:
         text, source = from_environment, f"${TOKEN_ENVIRONMENT}"
     else:
-        raise ConfigurationError(
+        raise UsageError(
             f"no ticket: expected --token-file FILE, --token - or ${TOKEN_ENVIRONMENT}"
         )
     text = text.strip()
@@ -110,7 +111,7 @@ def find_ticket(options: Namespace) -> Ticket:
         return _bare(text, options)
     for name in ("aes_key_file", "aes_iv_file", "protocol_version", "cipher"):
         if getattr(options, name) is not None:
-            raise ConfigurationError(
+            raise UsageError(
                 f"--{name.replace('_', '-')}: only with a bare Fernet token; a ticket has its own"
             )
     try:
@@ -130,24 +131,28 @@ def _bare(token: str, options: Namespace) -> Ticket:
     for name in ("server", "aes_key_file", "aes_iv_file"):
         values[name] = getattr(options, name)
         if values[name] is None:
-            raise ConfigurationError(
+            raise UsageError(
                 f"a bare Fernet token needs --{name.replace('_', '-')} as well; a ticket has it all"
             )
+    parse_address(values["server"], "--server", default_port=RELAY_PORT)
     return Ticket(
         server=values["server"],
         token=token,
-        aes_key=_hex_file(values["aes_key_file"], "--aes-key-file"),
-        aes_iv=_hex_file(values["aes_iv_file"], "--aes-iv-file"),
+        aes_key=_hex_file(values["aes_key_file"], "--aes-key-file", KEY_SIZE),
+        aes_iv=_hex_file(values["aes_iv_file"], "--aes-iv-file", IV_SIZE),
         protocol_version=options.protocol_version or 0,
         cipher=options.cipher or "aes-cbc",
     )
 
 
-def _hex_file(path: str, option: str) -> bytes:
+def _hex_file(path: str, option: str, size: int) -> bytes:
     try:
-        return bytes.fromhex(read_text(path, option).strip())
+        data = bytes.fromhex(read_text(path, option).strip())
     except ValueError:
         raise ConfigurationError(f"{option}: {path} is not a hex string") from None
+    if len(data) != size:
+        raise ConfigurationError(f"{option}: {path} has {len(data)} bytes in hex, expected {size}")
+    return data
 
 
 def run(arguments: Sequence[str]) -> None:

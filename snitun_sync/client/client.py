@@ -83,12 +83,16 @@ class Client(Service):
         self._held: list[Bridge] = []
         self._connecting: dict[Bridge, Job] = {}
         self._up = threading.Event()
+        self._is_closed = False
         self.tunnel: Tunnel | None = None
         """The tunnel at this moment; of the loop's thread."""
 
     def wait_until_up(self, timeout_s: float | None = None) -> bool:
-        """Wait until the relay has proven itself; return False if `timeout_s` seconds passed."""
-        return self._up.wait(timeout_s)
+        """Wait until the relay has proven itself; return whether it has.
+
+        False means that `timeout_s` seconds have passed, or that the client has ended.
+        """
+        return self._up.wait(timeout_s) and not self._is_closed
 
     # --- connecting ------------------------------------------------------------------
 
@@ -105,9 +109,11 @@ class Client(Service):
     def _connect(self) -> None:
         log.info("connecting to the relay %s", self.server)
         self._attempts += 1
-        self._workers.submit(
+        job = self._workers.submit(
             "relay", partial(blocking_connect, self.server, CONNECT_S), self._connected
         )
+        if job is None:
+            self._failed(UnreachableError("no thread can be started to connect to the relay"))
 
     def _connected(self, sock: socket.socket | None, error: Exception | None) -> None:
         if self._is_stopping or sock is None:
@@ -249,6 +255,8 @@ class Client(Service):
         self._workers.close()
         self.loop.run_calls()  # the sockets that the workers handed over last
         super()._close()
+        self._is_closed = True
+        self._up.set()
 
 
 def _reason(error: Exception | None) -> str:

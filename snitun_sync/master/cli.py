@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
 import time
 
-from ..errors import ConfigurationError
+from ..errors import UsageError
 from ..program import Parser, crypto, main, read_fernet_keys, set_up_logging
 from ..protocol.aes import load
 from ..protocol.cipher import CIPHERS, IV_SIZE, KEY_SIZE
-from ..protocol.names import is_hostname, normal_hostname, parse_address
+from ..protocol.names import is_hostname, normal_hostname, parse_address, shown
 from ..protocol.ticket import RELAY_PORT, Ticket
-from ..protocol.token import Fernet, Payload, new_fernet_key
+from ..protocol.token import MAX_TEXT, Fernet, Payload, new_fernet_key
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ exit codes (sysexits.h):
    0  done
   64  an option is wrong
   66  a file can't be read
-  78  a setting is wrong"""
+  74  standard output can't be written
+  78  a file's content, or a setting, is wrong"""
 
 TICKET_DESCRIPTION = """\
 Prints a ticket: the relay's address, the token that the relay accepts, and the key of
@@ -44,6 +46,9 @@ the tunnel, new for each ticket. It is valid for one client at a time."""
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 LONGEST_S = 100 * 365 * 86400
+PUBLISHED_MAX_TEXT = 2048  # published relays read a token once
+
+log = logging.getLogger("snitun_sync")
 
 
 def parser() -> Parser:
@@ -96,11 +101,13 @@ def parser() -> Parser:
 def make_ticket(options: Namespace, now: float) -> Ticket:
     """Return the ticket that the options ask for, created at `now`. Raises ConfigurationError."""
     if options.cipher == "aes-gcm" and not options.single_use:
-        raise ConfigurationError(
+        raise UsageError(
             "--cipher aes-gcm: its key must never serve two connections, so the client can't "
             "reconnect with the ticket; add --single-use if that is meant, or use aes-cbc or "
             "aes-gcm-siv"
         )
+    if options.single_use and options.cipher != "aes-gcm":
+        raise UsageError(f"--single-use: only with --cipher aes-gcm, found {options.cipher}")
     parse_address(options.server, "--server", default_port=RELAY_PORT)
     keys = read_fernet_keys(options.fernet_key_file, "--fernet-key-file")
     aes = load(crypto(options.crypto))
@@ -113,9 +120,21 @@ def make_ticket(options: Namespace, now: float) -> Ticket:
         protocol_version=options.protocol_version,
         cipher=options.cipher,
     )
+    token = Fernet(keys, aes).seal(payload.to_json(), now, os.urandom)
+    if len(token) > MAX_TEXT:
+        raise UsageError(
+            f"--alias: {len(payload.alias)} names make a token of {len(token)} characters, "
+            f"and relays take at most {MAX_TEXT}"
+        )
+    if len(token) > PUBLISHED_MAX_TEXT:
+        log.warning(
+            "the token has %d characters; relays of other makes take at most %d",
+            len(token),
+            PUBLISHED_MAX_TEXT,
+        )
     return Ticket(
         server=options.server,
-        token=Fernet(keys, aes).seal(payload.to_json(), now, os.urandom),
+        token=token,
         aes_key=payload.aes_key,
         aes_iv=payload.aes_iv,
         hostname=payload.hostname,
@@ -128,7 +147,7 @@ def make_ticket(options: Namespace, now: float) -> Ticket:
 def _hostname(text: str, option: str) -> str:
     name = normal_hostname(text)
     if not is_hostname(name):
-        raise ConfigurationError(f"{option}: {text!r} is not a DNS name")
+        raise UsageError(f"{option}: {shown(text)} is not a DNS name")
     return name
 
 
@@ -136,8 +155,9 @@ def _seconds(text: str) -> int:
     match = re.fullmatch(r"([0-9]{1,10})([smhdw])", text)
     seconds = int(match[1]) * _UNITS_S[match[2]] if match else 0
     if not 0 < seconds <= LONGEST_S:
-        raise ConfigurationError(
-            f"--valid-for: {text!r}; expected a number and one of s, m, h, d, w, up to 100 years"
+        raise UsageError(
+            f"--valid-for: {shown(text)}; expected a number and one of s, m, h, d, w, "
+            "up to 100 years"
         )
     return seconds
 
@@ -147,6 +167,7 @@ def run(arguments: Sequence[str]) -> None:
     options = parser().parse_args(arguments)
     set_up_logging(options.log_level)
     if options.command == "new-key":
+        crypto(options.crypto)
         print(new_fernet_key(os.urandom))
         return
     ticket = make_ticket(options, time.time())

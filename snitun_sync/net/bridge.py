@@ -28,6 +28,7 @@ from .loop import READ, WRITE, Handler
 from .sockets import unacknowledged_bytes
 from .tuning import (
     DRAIN_S,
+    FINISH_S,
     HIGH_WATERMARK_BYTES,
     IOV_MAX,
     LOW_WATERMARK_BYTES,
@@ -35,6 +36,7 @@ from .tuning import (
     PRESSURE_SHARE,
     RESUME_READING_SHARE,
     STALLED_S,
+    SUSPEND_S,
 )
 
 TYPE_CHECKING = False
@@ -64,6 +66,7 @@ class Bridges:
 
     __slots__ = (
         "all",
+        "early_bytes",
         "held_bytes",
         "holding_tunnels",
         "is_pressed",
@@ -75,6 +78,8 @@ class Bridges:
         self.limit_bytes = limit_bytes
         self.held_bytes = 0
         self.all: set[Bridge] = set()
+        self.early_bytes = 0
+        """The relay: what has come before there was room for it in a tunnel; see EARLY_BYTES."""
         self.holding_tunnels = 0
         """How many tunnels have bridges that hold anything."""
         self.is_pressed = False
@@ -100,11 +105,30 @@ class Bridges:
             for tunnel in tuple(self.suspended):
                 tunnel.resume_reading()
 
+    def abort_stalled(self, now: float) -> None:
+        """Abort the channels that hold most and take nothing, until there is room."""
+        limit = now - SUSPEND_S
+        stalled = [b for b in self.all if b.held_bytes and b.drained_at <= limit]
+        while self.is_full and stalled:
+            stalled.remove(self.abort_one(stalled))
+
+    def abort_one(self, bridges: list[Bridge]) -> Bridge:
+        """Abort the one that holds most, and return it."""
+        worst = max(bridges, key=lambda bridge: bridge.held_bytes)
+        worst.abort(
+            ChannelError(
+                f"aborted: it held {worst.held_bytes} bytes that were not taken, and the "
+                f"process may hold {self.limit_bytes}"
+            )
+        )
+        return worst
+
 
 class Bridge(Handler):
     """See the head of this file. It owns its socket and frees it, also on the error path."""
 
     __slots__ = (
+        "_first",
         "_fresh",
         "_has_eof",
         "_is_deaf",
@@ -124,11 +148,17 @@ class Bridge(Handler):
     )
 
     def __init__(
-        self, tunnel: Tunnel, channel: Channel, device: str, sock: socket.socket | None = None
+        self,
+        tunnel: Tunnel,
+        channel: Channel,
+        device: str,
+        sock: socket.socket | None = None,
+        first: bytes = b"",
     ) -> None:
         """Bridge `channel` of `tunnel` to `sock`, or to the socket that `connected` will bring.
 
-        `device` is the device's address as text, for the log.
+        `device` is the device's address as text, for the log; `first` is what was
+        read from `sock` already.
         """
         super().__init__(sock)
         self.tunnel, self.channel, self.device = tunnel, channel, device
@@ -147,6 +177,9 @@ class Bridge(Handler):
         self._unacknowledged = 0  # bytes that the other side had not taken at the last look
         self._timer: Timer | None = None
         tunnel.bridges.all.add(self)
+        tunnel.bridges.early_bytes += len(first)
+        self._first = first
+        self._first_ready()
         self._update()
 
     def __str__(self) -> str:
@@ -177,9 +210,25 @@ class Bridge(Handler):
     def take_turn(self) -> None:
         """Read once and send it: the tunnel has room, and it is this channel's turn."""
         if self.state is BridgeState.OPEN and not self.channel.is_paused:
-            if self._read(self.tunnel.turn_bytes) == self.tunnel.turn_bytes:
+            limit = self.tunnel.turn_bytes
+            if (self._send_first(limit) if self._first else self._read(limit)) == limit:
                 self.tunnel.wait_for_turn(self.channel, is_new=False)
             self._update()
+
+    def _first_ready(self) -> None:
+        if not self._first or self.channel.is_paused:
+            return
+        if self.tunnel.can_send:
+            self.take_turn()
+        else:
+            self.tunnel.wait_for_turn(self.channel, is_new=True)
+
+    def _send_first(self, limit: int) -> int:
+        """Send what was read before there was a bridge, at most `limit` bytes; return how many."""
+        first, self._first = self._first[:limit], self._first[limit:]
+        self.tunnel.bridges.early_bytes -= len(first)
+        self.tunnel.send(self.channel, first)
+        return len(first)
 
     def _read(self, limit: int) -> int:
         """Read once, at most `limit` bytes, and send it on; return how many."""
@@ -208,7 +257,12 @@ class Bridge(Handler):
         if error is not None:
             self._drop_queue()
         self.tunnel.mux.close(self.channel)
+        if self.state is BridgeState.FINISHING:
+            self._timer = self.tunnel.loop.call_later(FINISH_S, self._unfinished)
         self._update()
+
+    def _unfinished(self) -> None:
+        self.abort(ChannelError(f"the peer didn't let it end for {FINISH_S:.0f} s"))
 
     def _write_queue(self) -> None:
         """Give the socket what is held for it."""
@@ -296,12 +350,16 @@ class Bridge(Handler):
 
     def pause_changed(self) -> None:
         log.debug("%s: %s by the peer", self, "paused" if self.channel.is_paused else "resumed")
+        self._first_ready()
         self._update()
 
     def channel_ended(self, *, by_peer: bool) -> None:
         if self.state is not BridgeState.CLOSED:
             self.deliver()
             self.state = BridgeState.ENDING
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
             self._end_step()
 
     def _end_step(self) -> None:
@@ -420,6 +478,8 @@ class Bridge(Handler):
         self._fresh = []
         self._queue = bytearray()
         self._held_changed()
+        self.tunnel.bridges.early_bytes -= len(self._first)
+        self._first = b""
         self.tunnel.loop.close_socket(self)
         self.tunnel.bridges.all.discard(self)
         self._log_end()

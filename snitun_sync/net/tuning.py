@@ -20,6 +20,13 @@ RESUME_READING_SHARE = 0.75
 # version 0 lose data 10 s after their own queue has filled.
 SUSPEND_S = 8.0
 
+# What devices and clients have sent before it is clear what they are, or before their
+# tunnel had room for it. Over this, whoever has sent more than an ordinary ClientHello
+# is turned away.
+EARLY_BYTES = 16 * 1024 * 1024
+EARLY_SMALL_BYTES = 4 * 1024
+EARLY_READ_BYTES = 16 * 1024
+
 # --- sending --------------------------------------------------------------------
 
 # One channel's turn, and so the largest frame, while the tunnel is busy.
@@ -39,20 +46,29 @@ IOV_MAX = 1024
 # With this much queued (pongs, CLOSEs: a peer that asks and doesn't read), stop reading it.
 OUTPUT_LIMIT_BYTES = 1024 * 1024
 
+# Answers that wait until the relay has proven that it knows the key.
+PROVING_FRAMES = 1024
+
 # --- time limits ----------------------------------------------------------------
 
 HANDSHAKE_S = 10.0
 # Published relays cut a tunnel on which nothing moved for 90 s; their clients ping at 50 s.
 KEEPALIVE_S = 50.0
+# A PING that nothing follows; and one whose pong waits behind DATA on a slow line.
 ANSWER_S = 15.0
+PONG_S = 90.0
 SILENCE_S = 120.0
 # A channel idle in both directions: a device that vanished without a word.
 CHANNEL_IDLE_S = 3600.0
-# A socket that has taken nothing of what it is owed at the end, or a peer that
-# has paused a channel that wants to close.
+# A socket that has taken nothing of what it is owed at the end.
 STALLED_S = 300.0
+# A channel that wants to close and may not: the peer has paused it, and doesn't let it go on.
+# Long enough for the 2 MiB that a published peer holds on its way to a very slow device.
+FINISH_S = 900.0
 # After the last byte: how long the other side may go on sending before the socket is closed.
 DRAIN_S = 2.0
+# How soon the connection ends behind a GOAWAY; what ends it later has another reason.
+GOAWAY_S = 15.0
 CONNECT_S = 10.0
 # How long a stopping process waits for its sockets to end well.
 STOP_S = 3.0

@@ -5,8 +5,9 @@
 
 Nothing so far proves to a client that the relay knows the key: a recorded stream
 could be replayed to it. So it sends a PING with a random id behind its answer, and
-counts as up when the pong with that id has come. Channels that the relay opens
-before are the owner's to hold.
+counts as up when the pong with that id has come. Before, it sends nothing more:
+whatever it answered could help somebody without the key to forge that pong. Channels
+that the relay opens meanwhile are the owner's to hold.
 
 Back-pressure goes three steps: PAUSE at a channel's high watermark (bridge.py);
 when the process holds all that it may, the tunnel goes unread for some seconds;
@@ -44,12 +45,15 @@ from .tuning import (
     ANSWER_S,
     CHANNEL_IDLE_S,
     DRAIN_S,
+    GOAWAY_S,
     HANDSHAKE_S,
     IN_FLIGHT_BYTES,
     IOV_MAX,
     JOIN_BYTES,
     KEEPALIVE_S,
     OUTPUT_LIMIT_BYTES,
+    PONG_S,
+    PROVING_FRAMES,
     SILENCE_S,
     SUSPEND_S,
     THROTTLED_TURN_BYTES,
@@ -102,7 +106,10 @@ class Tunnel(Handler):
     """See the head of this file. It owns its socket, its mux and the channels in it."""
 
     __slots__ = (
+        "_asked_at",
         "_fresh",
+        "_goaway",
+        "_goaway_at",
         "_handshake",
         "_in_flight_limit",
         "_interval_s",
@@ -110,7 +117,6 @@ class Tunnel(Handler):
         "_next_frame_at",
         "_owner",
         "_ping_id",
-        "_pinged_at",
         "_queue",
         "_received_at",
         "_sent_at",
@@ -170,7 +176,9 @@ class Tunnel(Handler):
         limit_unsent(sock, UNSENT_BYTES)
         self.started_at = self._received_at = self._sent_at = loop.now
         self._ping_id = b""
-        self._pinged_at = 0.0
+        self._asked_at: float | None = None  # when the PING was sent whose pong is awaited
+        self._goaway: SniTunError | None = None
+        self._goaway_at = 0.0
         self._timer: Timer | None = loop.call_later(HANDSHAKE_S, self._handshake_overdue)
         self._write([handshake.first()])
         self._update()
@@ -190,8 +198,9 @@ class Tunnel(Handler):
         if self.is_relay:
             self._up()
         else:
-            self.state = TunnelState.PROVING
             self._ping(EXTRA_PING_GOAWAY)
+            self.flush()
+            self.state = TunnelState.PROVING
         return memoryview(handshake.rest)
 
     def _handshake_overdue(self) -> None:
@@ -212,6 +221,7 @@ class Tunnel(Handler):
 
     def _up(self) -> None:
         self.state = TunnelState.UP
+        self.output_ready()
         if self._timer is not None:
             self._timer.cancel()
         self._check()
@@ -249,6 +259,8 @@ class Tunnel(Handler):
     def flush(self) -> None:
         """Write what the mux has ready; copy what the socket doesn't take."""
         self._is_dirty = False
+        if self.state is TunnelState.PROVING:
+            return
         pieces = self.mux.data_to_send()
         if self.sock is not None:
             self._write(pieces)
@@ -265,7 +277,8 @@ class Tunnel(Handler):
                 # Not at once: the caller may be in the middle of something.
                 self.loop.call_soon(self.end, self._link_error(error))
                 return
-            self._sent_at = self.loop.now
+            if sent:
+                self._sent_at = self.loop.now
         for piece in pieces:
             if sent >= len(piece):
                 sent -= len(piece)
@@ -344,6 +357,8 @@ class Tunnel(Handler):
             if self._handshake is not None:
                 data = self._handshake_received(data)
             self.mux.receive(data)
+            if self.state is TunnelState.PROVING and self.mux.queued_frames > PROVING_FRAMES:
+                raise ViolationError("too many frames before the answer to the first PING")
         except (AuthenticationError, ViolationError) as error:
             failure = error
         for bridge in self._fresh:
@@ -372,10 +387,14 @@ class Tunnel(Handler):
         self._owner.channel_closed(bridge)
 
     def pong_received(self, ping_id: bytes) -> None:
-        if ping_id == self._ping_id and self.state is TunnelState.PROVING:
-            self._up()
+        if ping_id == self._ping_id:
+            self._asked_at = None
+            if self.state is TunnelState.PROVING:
+                self._up()
 
     def goaway_received(self, address: bytes, extra: bytes) -> None:
+        if self.state in (TunnelState.OPENING, TunnelState.PROVING):
+            return
         reason, port = extra[:4], int.from_bytes(extra[4:6], "big")
         if reason == TAKEN_OVER:
             text = f"another connection, from {_mapped_text(address, port)}, took over"
@@ -385,11 +404,13 @@ class Tunnel(Handler):
             text = "the relay is stopping"
         else:
             text = "the relay ended the tunnel"
-        if self.error is None:
-            self.error = TakenOverError(text) if reason == TAKEN_OVER else LostError(text)
+        self._goaway = TakenOverError(text) if reason == TAKEN_OVER else LostError(text)
+        self._goaway_at = self.loop.now
 
     def _link_error(self, error: OSError | None) -> SniTunError:
         """Say what the end of the connection means, EOF if `error` is None."""
+        if self._goaway is not None and self.loop.now - self._goaway_at < GOAWAY_S:
+            return self._goaway
         other = "client" if self.is_relay else "relay"
         how = f"the {other} closed the connection"
         if error is not None:
@@ -428,34 +449,21 @@ class Tunnel(Handler):
     def _relieve(self) -> None:
         """The process holds all that it may: abort what has stalled, or stop reading."""
         bridges = self.bridges
-        if self._share_held < 1:
-            return  # others are to blame, and will be stopped
-        self._abort_stalled(at_least_one=False)
-        if bridges.is_full and self._suspension is None:
+        bridges.abort_stalled(self.loop.now)
+        # A tunnel that holds less than its share goes on: others are to blame.
+        if bridges.is_full and self._share_held >= 1 and self._suspension is None:
             self._suspension = self.loop.call_later(SUSPEND_S, self._suspension_over)
             bridges.suspended.add(self)
             self._update()
 
     def _suspension_over(self) -> None:
-        self._abort_stalled(at_least_one=True)
+        bridges = self.bridges
+        before = len(bridges.all)
+        bridges.abort_stalled(self.loop.now)
+        holders = [b for b in bridges.all if b.tunnel is self and b.held_bytes]
+        if holders and len(bridges.all) == before:  # all of them drain, but too slowly
+            bridges.abort_one(holders)
         self.resume_reading()
-
-    def _abort_stalled(self, *, at_least_one: bool) -> None:
-        """Abort the channels that hold most and don't drain, until there is room."""
-        while self.bridges.is_full or at_least_one:
-            holders = [b for b in self.bridges.all if b.tunnel is self and b.held_bytes]
-            limit = self.loop.now - SUSPEND_S
-            stalled = [b for b in holders if b.drained_at <= limit]
-            if not holders or not (stalled or at_least_one):
-                return
-            at_least_one = False
-            worst = max(stalled or holders, key=lambda bridge: bridge.held_bytes)
-            worst.abort(
-                ChannelError(
-                    f"aborted: it held {worst.held_bytes} bytes that were not taken, and the "
-                    f"process may hold {self.bridges.limit_bytes}"
-                )
-            )
 
     def resume_reading(self) -> None:
         """There is room again: go on reading the tunnel."""
@@ -464,8 +472,8 @@ class Tunnel(Handler):
             self._suspension.cancel()
             self._suspension = None
             # The peer was not silent, we did not listen: its time starts anew.
-            if self._pinged_at >= self._received_at:
-                self._pinged_at = self.loop.now
+            if self._asked_at is not None:
+                self._asked_at = self.loop.now
             self._received_at = self.loop.now
             self._update()
 
@@ -473,23 +481,39 @@ class Tunnel(Handler):
 
     def _ping(self, extra: bytes = EXTRA_PING) -> None:
         self._ping_id = self.mux.ping(extra)
-        self._pinged_at = self.loop.now
+        self._asked_at = self.loop.now
+
+    @property
+    def _alive_at(self) -> float:
+        """When the other side last showed that it is there.
+
+        By sending; or, as long as we don't read because it doesn't take what is
+        queued for it, by taking something.
+        """
+        if len(self._queue) < OUTPUT_LIMIT_BYTES:
+            return self._received_at
+        return max(self._received_at, self._sent_at)
 
     def _check(self) -> None:
         """See whether the peer still lives, and which channels don't."""
-        now = self.loop.now
-        is_asked = self._pinged_at >= self._received_at  # a PING is out, and nothing has come since
-        if self.is_relay or is_asked:
-            limit_s = SILENCE_S if self.is_relay else ANSWER_S
-            left_s = (self._received_at if self.is_relay else self._pinged_at) + limit_s - now
-            if left_s <= 0.001 and self._suspension is None:
-                self.end(LostError(f"the other side was silent for {limit_s:.0f} s"))
-                return
+        now, asked_at = self.loop.now, self._asked_at
+        is_overdue = False
+        if self.is_relay:
+            left_s = self._alive_at + SILENCE_S - now
+            is_overdue = left_s <= 0.001
+        elif asked_at is not None:
+            left_s = min(max(self._alive_at, asked_at) + ANSWER_S, asked_at + PONG_S) - now
+            is_overdue = left_s <= 0.001
         else:
             left_s = min(self._received_at, self._sent_at) + KEEPALIVE_S - now
             if left_s <= 0.001:
                 self._ping()
                 left_s = ANSWER_S
+        if is_overdue and self._suspension is None:
+            what = "was silent" if self._asked_at is None else "answered no PING"
+            since_s = now - (self._alive_at if asked_at is None else asked_at)
+            self.end(LostError(f"the other side {what} for {since_s:.0f} s"))
+            return
         self._timer = self.loop.call_later(max(left_s, 1.0), self._check)
         self._abort_idle(now - CHANNEL_IDLE_S)
 

@@ -51,7 +51,7 @@ class Workers:
         """Run `blocking()` on a thread, then `done(result, error)` on the loop's thread.
 
         One of the two is None. Return None, and do nothing, where too many jobs
-        with this key wait already.
+        with this key wait already, or where no thread can be had.
         """
         job = Job(key, blocking, done)
         with self._condition:
@@ -69,8 +69,13 @@ class Workers:
                 self._idle -= 1
                 self._condition.notify()
             elif self._threads < THREADS:
-                self._threads += 1
-                threading.Thread(target=self._work, name="snitun-worker", daemon=True).start()
+                try:
+                    threading.Thread(target=self._work, name="snitun-worker", daemon=True).start()
+                    self._threads += 1
+                except RuntimeError:  # the system's limit
+                    if not self._threads:
+                        del self._waiting[key]  # it was the only job
+                        return None
         return job
 
     def cancel(self, job: Job) -> None:

@@ -11,8 +11,8 @@ A channel ends in one of three ways:
     close()    all that was sent, then CLOSE, as soon as the peer can take it: not
                while it has paused the channel, and behind a fence if it may be about
                to. (snitun 0.47.0 drops what it holds above 512 KiB when CLOSE comes
-               between its PAUSE and its RESUME.) The fence is a PING: a PAUSE always
-               comes before its pong.
+               between its PAUSE and its RESUME.) The fence is two PINGs, one behind the
+               other's pong.
     abort()    CLOSE at once
     CLOSE from the peer; it is not answered
 
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
         """Who owns a channel and takes what arrives on it."""
 
         def data_received(self, payload: memoryview) -> None:
-            """Take payload; the buffer is valid until `Mux.receive` returns."""
+            """Take payload, a part of the buffer that `Mux.receive` was given."""
 
         def take_turn(self) -> None:
             """Send something: it is the channel's turn (see `Mux.wait_for_turn`)."""
@@ -98,10 +98,10 @@ FENCE_BYTES = 2 * 1024 * 1024
 # A fence is that many PINGs, one after the other's pong: the PAUSE is a task of its own
 # over there, and one pong can overtake it (seen in 6 of 2,000 downloads of 64 MiB).
 FENCE_ROUNDS = 2
-
-
-# After this much DATA a PING follows, whose pong confirms that all before it was read.
+# After this much DATA a PING follows; any pong confirms that all before its PING was read.
 CONFIRM_BYTES = 256 * 1024
+# After so much from channels that have just become ready, another one gets its turn.
+OLD_TURN_BYTES = 128 * 1024
 
 
 class ChannelState(Enum):
@@ -155,12 +155,14 @@ class Mux:
         "_has_seen_pause",
         "_is_relay",
         "_left",
+        "_new_bytes",
         "_new_turns",
         "_old_turns",
         "_partial",
         "_payloads",
         "_peer_knows_goaway",
         "_random",
+        "_turn_is_new",
         "_unit_size",
         "_units",
         "_unpinged_bytes",
@@ -199,7 +201,9 @@ class Mux:
         self.unconfirmed_bytes = 0
         """DATA that was sent and, as far as is known, not read by the peer yet."""
         self._unpinged_bytes = 0  # the part of it behind the last PING
-        self._confirms: deque[tuple[bytes, int]] = deque()  # PINGs and the bytes before each
+        self._confirms: dict[bytes, int] = {}  # PINGs, in order, and the bytes before each
+        self._turn_is_new = False
+        self._new_bytes = 0  # sent by new turns since the last old one
         self._new_turns: deque[Channel] = deque()
         self._old_turns: deque[Channel] = deque()
 
@@ -236,9 +240,10 @@ class Mux:
         self._unpinged_bytes += size
         if len(self._units) == 1:
             self._events.output_ready()
+        if self._turn_is_new:
+            self._new_bytes += size
         if self._unpinged_bytes >= CONFIRM_BYTES:
-            self._confirms.append((self.ping(), self._unpinged_bytes))
-            self._unpinged_bytes = 0
+            self.ping()
 
     def close(self, channel: Channel) -> None:
         """End the channel once all that was sent on it can be delivered."""
@@ -267,6 +272,7 @@ class Mux:
     def ping(self, extra: bytes = EXTRA_PING) -> bytes:
         """Queue a PING; return its random id, which the pong will bear."""
         ping_id = self._random(ID_SIZE)
+        self._confirms[ping_id], self._unpinged_bytes = self._unpinged_bytes, 0
         self._queue(PING, ping_id, extra)
         return ping_id
 
@@ -308,12 +314,22 @@ class Mux:
 
     def _end(self, channel: Channel, *, by_peer: bool) -> None:
         channel.state = ChannelState.ENDED
+        if channel.waits_for_turn:
+            channel.waits_for_turn = False
+            for turns in (self._new_turns, self._old_turns):
+                if channel in turns:
+                    turns.remove(channel)
         self.channels.pop(channel.id, None)
         self._fences.pop(channel.fence, None)
         if channel.receiver is not None:
             channel.receiver.channel_ended(by_peer=by_peer)
 
     # --- turns -----------------------------------------------------------------
+
+    @property
+    def queued_frames(self) -> int:
+        """How many frames wait in `data_to_send`."""
+        return len(self._units)
 
     @property
     def has_turns(self) -> bool:
@@ -324,7 +340,8 @@ class Mux:
         """Put the channel in line: it has something to send, and the tunnel is busy.
 
         One that has just become ready (`is_new`) goes before those that have had a
-        turn and want another: a small exchange overtakes a bulk transfer.
+        turn and want another: a small exchange overtakes a bulk transfer. But where
+        both lines are long, each has half of the bytes.
         """
         if not channel.waits_for_turn:
             channel.waits_for_turn = True
@@ -332,11 +349,15 @@ class Mux:
 
     def next_turn(self) -> Channel | None:
         """Return the channel whose turn it is, no longer in line, or None."""
-        for turns in (self._new_turns, self._old_turns):
+        is_new = not self._old_turns or self._new_bytes < OLD_TURN_BYTES
+        for turns in (self._new_turns, self._old_turns)[:: 1 if is_new else -1]:
             while turns:
                 channel = turns.popleft()
                 channel.waits_for_turn = False
                 if channel.state is ChannelState.OPEN:
+                    self._turn_is_new = turns is self._new_turns
+                    if not self._turn_is_new:
+                        self._new_bytes = 0
                     return channel
         return None
 
@@ -345,7 +366,7 @@ class Mux:
     def receive(self, data: memoryview) -> None:
         """Take what the tunnel has received, in any pieces, and call the channels' receivers.
 
-        The buffer is not kept. Raises ViolationError or AuthenticationError; the
+        The mux keeps nothing of the buffer. Raises ViolationError or AuthenticationError; the
         tunnel must end then.
         """
         at, end = 0, len(data)
@@ -434,12 +455,17 @@ class Mux:
 
     def _ping_received(self, ping_id: bytes, extra: bytes) -> None:
         if not extra.startswith(EXTRA_PONG):
+            if ping_id in self._confirms:
+                raise ViolationError("our own PING came back: somebody reflects what we send")
             self._peer_knows_goaway |= extra == EXTRA_PING_GOAWAY
             self._queue(PING, ping_id, EXTRA_PONG)
             return
-        if self._confirms and self._confirms[0][0] == ping_id:
-            self.unconfirmed_bytes -= self._confirms.popleft()[1]
-        elif (channel := self._fences.pop(ping_id, None)) is not None:
+        if ping_id in self._confirms:  # and so are all before it
+            for confirmed in tuple(self._confirms):
+                self.unconfirmed_bytes -= self._confirms.pop(confirmed)
+                if confirmed == ping_id:
+                    break
+        if (channel := self._fences.pop(ping_id, None)) is not None:
             self._next_fence(channel)
         else:
             self._events.pong_received(ping_id)

@@ -1,10 +1,15 @@
-"""Hostnames and addresses as text: one way to compare names, one to write HOST:PORT."""
+"""Hostnames, addresses and times as people and JSON write them.
+
+One way to compare names, one to write HOST:PORT.
+"""
 
 from __future__ import annotations
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, UsageError
 
 MAX_HOSTNAME = 253  # RFC 1035, without the trailing dot
+MAX_SHOWN = 40
+LATEST = 10**11  # UTC, Unix seconds: the year 5138
 _LABEL = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 
 
@@ -20,6 +25,18 @@ def is_hostname(text: str) -> bool:
         0 < len(label) <= 63 and label[0] != "-" and label[-1] != "-" and _LABEL.issuperset(label)
         for label in labels
     )
+
+
+def is_time(value: object) -> bool:
+    """Tell whether `value` is a number, and UTC Unix seconds in a time that clocks can show."""
+    # bool is an int in Python, but not a number in JSON
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 <= value < LATEST  # type: ignore[operator]
+
+
+def shown(text: str) -> str:
+    """Return `text` for a message; only its length where it may be a secret in a wrong place."""
+    return repr(text) if len(text) < MAX_SHOWN else f"{len(text)} characters"
 
 
 class Address:
@@ -51,7 +68,8 @@ def parse_address(
     """Read `HOST:PORT`, `[IPV6]:PORT` or, where allowed, `unix:/path`, `*:PORT` and `:PORT`.
 
     `name` is the option or field that `text` came from, for the message of the
-    ConfigurationError that is raised when it can't be read. The port may be
+    error that is raised when it can't be read: UsageError for an option (`--…`),
+    else ConfigurationError. The port may be
     missing where there is a `default_port`; port 0 passes only where any free
     one will do (`can_be_any`: an address to listen on).
     """
@@ -59,7 +77,8 @@ def parse_address(
     expected += ", [IPV6]:PORT" + (" or unix:/PATH" if can_be_unix else "")
 
     def wrong(reason: str) -> ConfigurationError:
-        return ConfigurationError(f"{name}: {reason} in {text!r}; expected {expected}")
+        kind = UsageError if name.startswith("--") else ConfigurationError
+        return kind(f"{name}: {reason} in {shown(text)}; expected {expected}")
 
     if text.startswith("unix:"):
         if not can_be_unix or not text[5:].startswith("/"):
@@ -75,10 +94,10 @@ def parse_address(
         host, port_text = (host, last) if colon else (text, None)
         if ":" in host:
             raise wrong("an IPv6 address without brackets")
-    if any(c.isspace() or c in "/@?#\0" for c in host):
-        raise wrong("no host name")
-    if host == "*" and can_be_any:
-        host = ""
+        if host == "*" and can_be_any:
+            host = ""
+        if host and not is_hostname(normal_hostname(host)):
+            raise wrong("no host name")
     if not host and not can_be_any:
         raise wrong("no host")
     if port_text is None:
@@ -86,6 +105,7 @@ def parse_address(
             raise wrong("no port")
         return Address(host, default_port)
     lowest = 0 if can_be_any else 1
-    if not (port_text.isascii() and port_text.isdigit() and lowest <= int(port_text) <= 65535):
-        raise wrong(f"port {port_text!r}, not a number from {lowest} to 65535,")
+    is_number = port_text.isascii() and port_text.isdigit() and len(port_text) <= 5
+    if not is_number or not lowest <= int(port_text) <= 65535:
+        raise wrong(f"port {shown(port_text)}, not a number from {lowest} to 65535,")
     return Address(host, int(port_text))

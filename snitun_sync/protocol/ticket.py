@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from ..errors import ConfigurationError, TicketError
 from .cipher import CIPHERS, IV_SIZE, KEY_SIZE
-from .names import is_hostname, normal_hostname, parse_address
+from .names import is_hostname, is_time, normal_hostname, parse_address, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,8 +68,14 @@ class Ticket:
                 raise TicketError(f"the ticket's {name} has {len(value)} bytes, expected {size}")
         if cipher not in CIPHERS:
             raise TicketError(
-                f"the ticket's cipher is {cipher!r}, expected one of {', '.join(CIPHERS)}"
+                f"the ticket's cipher is {shown(cipher)}, expected one of {', '.join(CIPHERS)}"
             )
+        if hostname and not is_hostname(hostname := normal_hostname(hostname)):
+            raise TicketError(f"the ticket's hostname is {shown(hostname)}, expected a DNS name")
+        if valid is not None and not is_time(valid):
+            raise TicketError("the ticket's valid is no time in Unix seconds")
+        if protocol_version < 0 or (throttling or 0) < 0:
+            raise TicketError("the ticket's protocol_version or throttling is below 0")
         self.server, self.token = server, token
         self.aes_key, self.aes_iv = aes_key, aes_iv
         self.hostname, self.valid = hostname, valid
@@ -113,7 +119,7 @@ class Ticket:
             token=_text(fields, "token"),
             aes_key=_hex(fields, "aes_key"),
             aes_iv=_hex(fields, "aes_iv"),
-            hostname=_hostname(fields),
+            hostname=_text(fields, "hostname") if fields.get("hostname") is not None else "",
             valid=_number(fields, "valid"),
             protocol_version=_integer(fields, "protocol_version") or 0,
             cipher=_text(fields, "cipher") if fields.get("cipher") is not None else "aes-cbc",
@@ -179,15 +185,6 @@ def _hex(fields: dict[str, Any], name: str) -> bytes:
         return bytes.fromhex(_text(fields, name))
     except ValueError:
         raise TicketError(f"the ticket's {name} is not a hex string") from None
-
-
-def _hostname(fields: dict[str, Any]) -> str:
-    if fields.get("hostname") is None:
-        return ""
-    name = normal_hostname(_text(fields, "hostname"))
-    if not is_hostname(name):
-        raise TicketError(f"the ticket's hostname is {name!r}, expected a DNS name")
-    return name
 
 
 def _number(fields: dict[str, Any], name: str) -> float | None:

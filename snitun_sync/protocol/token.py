@@ -14,12 +14,11 @@ import binascii
 import hashlib
 import hmac
 import json
-import math
 from struct import Struct
 
 from ..errors import ConfigurationError, TokenError
 from .cipher import BLOCK_SIZE, CIPHERS, IV_SIZE, KEY_SIZE
-from .names import is_hostname, normal_hostname
+from .names import is_hostname, is_time, normal_hostname
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -107,9 +106,8 @@ class Payload:
 
 
 def _time(value: Any) -> float:
-    # bool is an int in Python, but not a number in JSON
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise TokenError("the token's valid is not a number")
+    if not is_time(value):
+        raise TokenError("the token's valid is no time in Unix seconds")
     return float(value)
 
 
@@ -167,6 +165,10 @@ class Fernet:
         signed += self._aes.cbc_encryptor(encrypting, iv)(padded)
         mac = hmac.new(signing, signed, hashlib.sha256).digest()
         return base64.urlsafe_b64encode(signed + mac).decode()
+
+    def macs(self) -> list[hmac.HMAC]:
+        """Return the start of an HMAC with each key."""
+        return [hmac.new(signing, digestmod=hashlib.sha256) for signing, _ in self._keys]
 
     def open(self, text: bytes) -> bytes | None:
         """Return the payload of a whole token, or None if no key verifies it.
@@ -235,12 +237,15 @@ class TokenReader:
     and its signature verifies. Nothing may follow it.
     """
 
-    __slots__ = ("_fernet", "_next_length", "_text", "is_plausible")
+    __slots__ = ("_fernet", "_macs", "_next_length", "_raw", "_text", "is_plausible")
 
     def __init__(self, fernet: Fernet) -> None:
         self._fernet = fernet
         self._text = bytearray()
         self._next_length = _UNPADDED_FIRST
+        # What is decoded, and its HMACs: no byte of it is looked at twice, whoever sends it.
+        self._raw = bytearray()
+        self._macs = fernet.macs()
         self.is_plausible = False
         """What has come so far has a token's length, though no key verifies it."""
 
@@ -261,18 +266,27 @@ class TokenReader:
         while self._next_length <= (len(text) if padding < 0 else padding):
             length = self._next_length
             self._next_length += _UNPADDED_STEP
-            payload = self._fernet.open(bytes(text[:length]))
-            if payload is not None:
-                return self._whole(payload, length)
+            if self._is_signed(length):
+                return self._whole(self._fernet.open(bytes(text[:length])), length)
             self.is_plausible = length == len(text)
         if padding < 0 or len(text) < (end := padding + -padding % 4):
             return None
-        payload = self._fernet.open(bytes(text[:end]))
+        return self._whole(self._fernet.open(bytes(text[:end])), end)
+
+    def _is_signed(self, length: int) -> bool:
+        """Tell whether the first `length` characters, which need no padding, verify."""
+        before, raw = len(self._raw), self._raw
+        raw += base64.urlsafe_b64decode(self._text[before // 3 * 4 : length])
+        signed = raw[max(0, before - MAC_SIZE) : -MAC_SIZE]
+        found = False
+        for mac in self._macs:
+            mac.update(signed)
+            found |= hmac.compare_digest(mac.copy().digest(), raw[-MAC_SIZE:])
+        return found
+
+    def _whole(self, payload: bytes | None, length: int) -> bytes:
         if payload is None:
             raise TokenError("the token's signature matches none of the Fernet keys")
-        return self._whole(payload, end)
-
-    def _whole(self, payload: bytes, length: int) -> bytes:
         if length < len(self._text):
             raise TokenError(f"{len(self._text) - length} bytes came behind the token")
         return payload

@@ -13,7 +13,13 @@ import socket
 from ..errors import HelloError, TokenError
 from ..net.loop import READ, Handler
 from ..net.sockets import host_text, tune
-from ..net.tuning import DRAIN_S, HANDSHAKE_S
+from ..net.tuning import (
+    DRAIN_S,
+    EARLY_BYTES,
+    EARLY_READ_BYTES,
+    EARLY_SMALL_BYTES,
+    HANDSHAKE_S,
+)
 from ..protocol.hello import HANDSHAKE_RECORD, HelloReader
 from ..protocol.token import TokenReader
 
@@ -28,8 +34,9 @@ TOKEN_START = ord("g")
 ACCEPTS_AT_ONCE = 64
 # Out of descriptors or memory: accepting again at once would spin.
 ACCEPT_PAUSE_S = 1.0
-# A text as long as a token that no key verifies: how long more of it may take.
-PLAUSIBLE_S = 2.0
+# A text as long as a token that no key verifies: how long more of it may take. Whoever
+# waits for its refusal has a limit of 10 s, like ours.
+PLAUSIBLE_S = 5.0
 
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -80,6 +87,8 @@ class Arrival(Handler):
     """A connection of which nothing is known yet; it owns its socket until `release`."""
 
     __slots__ = (
+        "_deadline",
+        "_early_bytes",
         "_hello",
         "_is_refused",
         "_listener",
@@ -101,6 +110,8 @@ class Arrival(Handler):
         self._hello: HelloReader | None = None
         self._token: TokenReader | None = None
         self._is_refused = False
+        self._early_bytes = 0
+        self._deadline = server.loop.now + HANDSHAKE_S
         self._timer: Timer = server.loop.call_later(HANDSHAKE_S, self._overdue)
         server.arrivals.add(self)
         server.loop.watch(self, READ)
@@ -140,6 +151,8 @@ class Arrival(Handler):
         self._timer.cancel()
         self._loop.close_socket(self)
         self._server.arrivals.discard(self)
+        self._server.bridges.early_bytes -= self._early_bytes
+        self._early_bytes = 0
 
     def fail(self, error: Exception) -> None:
         self.close()
@@ -152,7 +165,7 @@ class Arrival(Handler):
         assert self.sock is not None
         room = self._loop.room()
         try:
-            size = self.sock.recv_into(room)
+            size = self.sock.recv_into(room, EARLY_READ_BYTES)
         except BlockingIOError:
             return
         except OSError:
@@ -174,6 +187,12 @@ class Arrival(Handler):
                 log.debug("%s: neither TLS nor a token: first byte 0x%02x", self, data[0])
                 self.close()
                 return
+        self._early_bytes += len(data)
+        self._server.bridges.early_bytes += len(data)
+        if self._early_bytes > EARLY_SMALL_BYTES and self._server.bridges.early_bytes > EARLY_BYTES:
+            log.debug("%s: turned away: too much to hold from too many", self)
+            self.close()
+            return
         try:
             if self._hello is not None:
                 hostname = self._hello.receive(data)
@@ -183,9 +202,12 @@ class Arrival(Handler):
                 payload = self._token.receive(bytes(data))
                 if payload is not None:
                     self._server.client_arrived(self, payload)
-                elif self._token.is_plausible:
+                else:
+                    left_s = self._deadline - self._loop.now
+                    if self._token.is_plausible:
+                        left_s = min(left_s, PLAUSIBLE_S)
                     self._timer.cancel()
-                    self._timer = self._loop.call_later(PLAUSIBLE_S, self._overdue)
+                    self._timer = self._loop.call_later(left_s, self._overdue)
         except HelloError as error:
             log.debug("%s: %s", self, error)
             self.close()

@@ -9,6 +9,7 @@ to it.
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 import time
@@ -51,8 +52,8 @@ log = logging.getLogger("snitun_sync")
 TAKEOVER_GRACE_S = 10.0
 # The clock may be set: look again at least this often whether a token has expired.
 EXPIRY_CHECK_S = 600.0
-# Names of clients that are away are forgotten once their tokens have expired.
-KNOWN_NAMES_BEFORE_PRUNING = 1024
+# What belongs to expired tokens is looked for when there is twice as much as at the last time.
+REMEMBERED_BEFORE_PRUNING = 1024
 
 REFUSALS = (RefusedError, AuthenticationError, ViolationError)
 
@@ -94,8 +95,8 @@ class Server(Service):
         self.ports: list[int] = []
         """The ports that are listened on, in the order of the addresses given."""
         self._listeners: list[Listener] = []
-        self._known: dict[str, float] = {}  # hostname → until when its token is valid
-        self._prune_at = KNOWN_NAMES_BEFORE_PRUNING
+        self._known = Remembered()  # hostnames
+        self._used_keys = Remembered()  # of aes-gcm, hashed
 
     # --- life ----------------------------------------------------------------------
 
@@ -150,7 +151,7 @@ class Server(Service):
         """A device wants to go to `hostname`; `arrival.received` is for whoever serves it."""
         registration = self.routes.get(hostname)
         if registration is None:
-            is_known = self._known.get(hostname, 0.0) > time.time()
+            is_known = hostname in self._known
             log.debug("%s: %r is %s", arrival, hostname, "away" if is_known else "not known")
             arrival.refuse(ALERT_INTERNAL_ERROR if is_known else ALERT_UNRECOGNIZED_NAME)
             return
@@ -158,8 +159,7 @@ class Server(Service):
         tunnel = registration.tunnel
         first = arrival.received
         channel = tunnel.mux.open(pack_ip(arrival.host))
-        Bridge(tunnel, channel, str(arrival), arrival.release())
-        tunnel.mux.send(channel, first)
+        Bridge(tunnel, channel, str(arrival), arrival.release(), first)
 
     # --- clients -------------------------------------------------------------------
 
@@ -169,6 +169,14 @@ class Server(Service):
         expired_s = time.time() - payload.valid
         if expired_s >= 0:
             raise TokenError(f"the token for {payload.hostname} expired {expired_s:.0f} s ago")
+        if payload.cipher == "aes-gcm":
+            # A second connection would start with the same nonces, and give the key away.
+            key = hashlib.sha256(payload.aes_key).digest()
+            if key in self._used_keys:
+                raise TokenError(
+                    f"the token for {payload.hostname}: its aes-gcm key has served a connection"
+                )
+            self._used_keys.add(key, payload.valid)
         try:
             cipher = unit_cipher(
                 payload.cipher,
@@ -185,8 +193,8 @@ class Server(Service):
 
     def register(self, registration: Registration) -> None:
         """Lead all names of a tunnel that has just come up to it."""
-        self._remember(registration.payload)
         for name in registration.payload.names:
+            self._known.add(name, registration.payload.valid)
             old = self.routes.get(name)
             self.routes[name] = registration
             registration.names.add(name)
@@ -194,13 +202,24 @@ class Server(Service):
                 self.takeovers += 1
                 old.name_lost(name, registration)
 
-    def _remember(self, payload: Payload) -> None:
-        for name in payload.names:
-            self._known[name] = max(payload.valid, self._known.get(name, 0.0))
-        if len(self._known) >= self._prune_at:
+
+class Remembered:
+    """Things that matter as long as a token is valid; they are forgotten later."""
+
+    def __init__(self) -> None:
+        self._until: dict[object, float] = {}  # UTC, Unix seconds
+        self._prune_at = REMEMBERED_BEFORE_PRUNING
+
+    def __contains__(self, thing: object) -> bool:
+        return self._until.get(thing, 0.0) > time.time()
+
+    def add(self, thing: object, until: float) -> None:
+        """Remember `thing` until that time; the latest one counts."""
+        self._until[thing] = max(until, self._until.get(thing, 0.0))
+        if len(self._until) >= self._prune_at:
             now = time.time()
-            self._known = {name: valid for name, valid in self._known.items() if valid > now}
-            self._prune_at = max(KNOWN_NAMES_BEFORE_PRUNING, 2 * len(self._known))
+            self._until = {thing: valid for thing, valid in self._until.items() if valid > now}
+            self._prune_at = max(REMEMBERED_BEFORE_PRUNING, 2 * len(self._until))
 
 
 class Registration:
@@ -237,6 +256,9 @@ class Registration:
     def tunnel_up(self, tunnel: Tunnel) -> None:
         """The client has answered its challenge: its names lead to it from now on."""
         payload = self.payload
+        if payload.valid <= time.time():  # since the handshake began
+            self._expire()
+            return
         log.info(
             "%s: tunnel up, version %d, %s, names %s",
             self,
@@ -251,9 +273,7 @@ class Registration:
         """The tunnel is over: no name leads to it any more."""
         server = self._server
         server.tunnels.discard(tunnel)
-        for name in self.names:
-            del server.routes[name]
-        self.names.clear()
+        self._forget_names()
         for timer in (self._expiry, self._grace):
             if timer is not None:
                 timer.cancel()
@@ -307,4 +327,13 @@ class Registration:
                 min(left_s, EXPIRY_CHECK_S), self._check_expiry
             )
         else:
-            self.tunnel.finish(TokenError("its token has expired"), EXPIRED)
+            self._expire()
+
+    def _expire(self) -> None:
+        self._forget_names()  # at once: a device gets an alert rather than a reset
+        self.tunnel.finish(TokenError("its token has expired"), EXPIRED)
+
+    def _forget_names(self) -> None:
+        for name in self.names:
+            del self._server.routes[name]
+        self.names.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -17,9 +18,11 @@ from snitun_sync.net import bridge as bridge_module
 from snitun_sync.net import tunnel as tunnel_module
 from snitun_sync.net.bridge import BridgeState
 from snitun_sync.net.sockets import blocking_connect
-from tests.services import Services, refusing_port
+from snitun_sync.protocol import frame
+from tests.services import Services, raw_client, refusing_port
 from tests.support import (
     MIB,
+    Credentials,
     Device,
     Endpoint,
     client_hello,
@@ -439,6 +442,7 @@ def test_version_0_several_stalls_cost_one_suspension(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tunnel_module, "SUSPEND_S", 0.5)
+    monkeypatch.setattr(bridge_module, "SUSPEND_S", 0.5)
     suspensions: list[float] = []
     real = tunnel_module.Tunnel._suspension_over
 
@@ -476,6 +480,57 @@ def test_a_suspended_tunnel_is_not_taken_for_dead(
         assert services.client.tunnel is tunnel
 
 
+def test_silent_tunnels_that_fill_the_process_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each holds less than its share when it stops; whoever reads next sees to all of them."""
+    monkeypatch.setattr(bridge_module, "HIGH_WATERMARK_BYTES", 1 << 30)
+    with Services(tmp_path, version=0, budget_bytes=MIB) as services, contextlib.ExitStack() as end:
+        raws = []
+        for number in range(3):
+            hostname = f"{number}.test"
+            credentials = Credentials(
+                tmp_path, version=0, hostname=hostname, fernet_key=services.credentials.fernet_key
+            )
+            raw = end.enter_context(raw_client(credentials, services.port))
+            device = end.enter_context(Device(services.port, hostname=hostname))
+            device.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            device.sock.sendall(client_hello(hostname))
+            raws.append((raw, raw.receive_flow(frame.NEW)[0]))
+        bridges = services.server.bridges
+        for number, (raw, channel_id) in enumerate(raws, 1):
+            tunnels = [t for t in services.server.tunnels if channel_id in t.mux.channels]
+            while tunnels[0].held_bytes < MIB * 0.9 / number:
+                raw.send(frame.DATA, channel_id, data=bytes(20_000))
+                time.sleep(0.001)
+        assert bridges.is_full
+        assert len(bridges.all) == 3
+        monkeypatch.setattr(bridge_module, "SUSPEND_S", 0.1)
+        time.sleep(0.2)
+        download(services.port, MIB)
+        wait_until(lambda: not bridges.is_full)
+        assert "aborted: it held" in caplog.text
+
+
+def test_a_peer_that_never_lets_a_channel_end_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bridge_module, "FINISH_S", 0.5)
+    with Services(tmp_path) as services:
+        with raw_client(services.credentials, services.port) as raw:
+            with services.device() as device:
+                data = client_hello() + bytes(3 * MIB)
+                sender = threading.Thread(target=device.sock.sendall, args=(data,))
+                sender.start()
+                received = 0
+                while received < len(data):
+                    received += len(raw.receive_flow(frame.DATA)[2])
+                sender.join(10)
+            # It ends behind a fence, whose pong never comes.
+            wait_until(lambda: not services.server.bridges.all)
+    assert "the peer didn't let it end for" in caplog.text
+
+
 def test_the_budget_is_shared_fairly_between_tunnels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -484,7 +539,6 @@ def test_the_budget_is_shared_fairly_between_tunnels(
     service = Endpoint()
     with Services(tmp_path, version=0, budget_bytes=4 * MIB) as services:
         from snitun_sync.client import Client
-        from tests.support import Credentials
 
         other = Credentials(
             tmp_path, version=0, hostname="other.test", fernet_key=services.credentials.fernet_key

@@ -17,6 +17,7 @@ from snitun_sync.protocol.mux import (
     CONFIRM_BYTES,
     FENCE_BYTES,
     FENCE_ROUNDS,
+    OLD_TURN_BYTES,
     Channel,
     ChannelState,
     Mux,
@@ -374,15 +375,17 @@ def carry(side: Side, to: Side) -> None:
 def test_close_of_a_big_channel_stands_behind_a_fence() -> None:
     pair, relay, client = big_channel(1)
     pair.client.mux.close(client.channel)
+    fences = []
     for _ in range(FENCE_ROUNDS):
         assert client.channel.state is ChannelState.FINISHING
         assert not relay.ended
+        fences.append(client.channel.fence)
         carry(pair.client, pair.relay)  # PING
         carry(pair.relay, pair.client)  # pong
     assert client.ended == [False]
     carry(pair.client, pair.relay)
     assert relay.ended == [True]
-    assert not pair.client.pongs  # a fence's pong is nobody else's
+    assert not set(fences) & set(pair.client.pongs)  # a fence's pong is nobody else's
 
 
 def test_a_pause_that_was_on_its_way_holds_close_back() -> None:
@@ -459,8 +462,32 @@ def test_an_ended_channel_loses_its_turn() -> None:
     mux.wait_for_turn(a, is_new=True)
     mux.wait_for_turn(b, is_new=True)
     mux.abort(a)
+    assert not a.waits_for_turn
+    assert list(mux._new_turns) == [b]
     assert mux.next_turn() is b
     assert mux.next_turn() is None
+
+
+def test_where_both_lines_are_long_each_has_half_of_the_bytes() -> None:
+    """However many small exchanges there are, a bulk transfer goes on; and they go before it."""
+    mux = Pair().relay.mux
+    small, bulk = [mux.open(ADDRESS) for _ in range(10)], mux.open(ADDRESS)
+    sent = {"small": 0, "bulk": 0}
+    for channel in small:
+        mux.wait_for_turn(channel, is_new=True)
+    mux.wait_for_turn(bulk, is_new=False)
+    first = []
+    for _ in range(1000):
+        turn = mux.next_turn()
+        assert turn is not None
+        name, size = ("bulk", OLD_TURN_BYTES) if turn is bulk else ("small", 6000)
+        first.append(name)
+        sent[name] += size
+        mux.send(turn, bytes(size))
+        mux.data_to_send()
+        mux.wait_for_turn(turn, is_new=turn is not bulk)
+    assert first[:10] == ["small"] * 10
+    assert 0.9 < sent["bulk"] / sent["small"] < 1.1
 
 
 # --- in any pieces, and garbage --------------------------------------------------------
@@ -548,4 +575,29 @@ def test_pongs_confirm_what_was_read() -> None:
     mux.send(relay.channel, b"x")
     pair.exchange()
     assert mux.unconfirmed_bytes == 0
-    assert not pair.relay.pongs
+    assert not mux._confirms
+
+
+def test_a_pong_confirms_all_before_its_ping() -> None:
+    """A pong that was lost, or comes in another order, never stops the tunnel."""
+    pair = Pair()
+    relay, _ = pair.open()
+    mux = pair.relay.mux
+    pings = []
+    for _ in range(3):
+        mux.send(relay.channel, bytes(CONFIRM_BYTES))
+        pings.append(list(mux._confirms)[-1])
+    mux.receive(memoryview(pair.client.raw(pings[1], frame.PING, extra=b"pong")))
+    assert mux.unconfirmed_bytes == CONFIRM_BYTES
+    mux.receive(memoryview(pair.client.raw(pings[0], frame.PING, extra=b"pong")))
+    assert mux.unconfirmed_bytes == CONFIRM_BYTES
+    mux.receive(memoryview(pair.client.raw(pings[2], frame.PING, extra=b"pong")))
+    assert mux.unconfirmed_bytes == 0
+
+
+def test_our_own_ping_is_never_answered() -> None:
+    """Who sends back what it got would else get the pong that proves a key."""
+    pair = Pair()
+    ping_id = pair.client.mux.ping()
+    with pytest.raises(ViolationError, match="our own PING came back"):
+        pair.client.mux.receive(memoryview(pair.relay.raw(ping_id, frame.PING, extra=b"ping")))

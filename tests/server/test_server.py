@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -18,6 +19,8 @@ from snitun_sync.errors import ConfigurationError, ListenError
 from snitun_sync.net import tunnel as tunnel_module
 from snitun_sync.net.tuning import OUTPUT_LIMIT_BYTES
 from snitun_sync.protocol import frame
+from snitun_sync.protocol.aes import load
+from snitun_sync.protocol.handshake import ClientHandshake
 from snitun_sync.protocol.hello import ALERT_INTERNAL_ERROR, ALERT_UNRECOGNIZED_NAME
 from snitun_sync.protocol.token import new_fernet_key
 from snitun_sync.server import Server, arrival
@@ -212,6 +215,46 @@ def test_refused_tokens_are_just_closed_and_logged(
     assert not names_of(server)
 
 
+def test_the_time_for_a_token_is_never_extended(
+    server: Server, credentials: Credentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces that might each be the last one of a token come for ever."""
+    monkeypatch.setattr(arrival, "HANDSHAKE_S", 1.0)
+    with connect(server, b"gAAA" + b"A" * 72) as sock:
+        begin = time.monotonic()
+        with pytest.raises(OSError):
+            while time.monotonic() < begin + WAIT_S:
+                sock.sendall(b"A" * 64)
+                time.sleep(0.3)
+    wait_until(lambda: not server.arrivals)
+
+
+def test_a_token_may_rest_where_it_could_end(
+    server: Server, credentials: Credentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrival, "PLAUSIBLE_S", 0.5)
+    token = credentials.token.encode()
+    with connect(server, token[:76]) as sock:
+        time.sleep(0.2)
+        sock.sendall(token[76:100])  # more has come: the short limit is off
+        time.sleep(0.7)
+        sock.sendall(token[100:])
+        assert len(sock.recv(100)) == 32
+
+
+def test_an_aes_gcm_key_serves_one_connection(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The token crosses the wire in clear: whoever saw it must not get a second challenge."""
+    credentials = Credentials(tmp_path, cipher="aes-gcm")
+    with Server([credentials.fernet_key], ["127.0.0.1:0"]) as server:
+        with raw_client(credentials, server.ports[0]) as raw:
+            assert all_of(connect(server, credentials.token.encode())) == b""
+            raw.send(frame.PING, b"p" * 16, b"ping")
+            assert raw.receive_flow(frame.PING)[0] == b"p" * 16
+    assert "its aes-gcm key has served a connection" in caplog.text
+
+
 def test_a_wrong_answer_is_closed(
     server: Server, credentials: Credentials, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -399,6 +442,49 @@ def test_two_clients_with_one_ticket_back_off(
     assert all("another connection, from 127.0.0.1:" in message for message in told)
 
 
+# --- what strangers may cost ---------------------------------------------------------------
+
+
+def test_unfinished_hellos_are_bounded(
+    server: Server, credentials: Credentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrival, "EARLY_BYTES", 200_000)
+    record = b"\x16\x03\x01\x40\x00\x01\x00\xf0\x00" + bytes(15_000)
+    with raw_client(credentials, server.ports[0]) as raw, contextlib.ExitStack() as stack:
+        for _ in range(40):
+            stack.enter_context(connect(server, record))
+        wait_until(lambda: server.bridges.early_bytes > 150_000)
+        # An ordinary one gets through, whatever the others do.
+        stack.enter_context(connect(server, client_hello()))
+        assert raw.receive_flow(frame.DATA)[2] == client_hello()
+        assert server.bridges.early_bytes < 220_000
+    wait_until(lambda: not server.arrivals)
+    assert server.bridges.early_bytes == 0
+
+
+def test_first_bytes_wait_for_their_turn(
+    server: Server, credentials: Credentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that doesn't read never makes the relay queue what devices begin with."""
+    hello = client_hello() + bytes(12_000)
+    monkeypatch.setattr(tunnel_module, "IN_FLIGHT_BYTES", 300_000)
+    monkeypatch.setattr(tunnel_module, "path_bytes", lambda sock: 0)
+    with raw_client(credentials, server.ports[0]) as raw, contextlib.ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(connect(server, hello))
+        [tunnel] = server.tunnels
+        wait_until(lambda: len(tunnel.mux.channels) == 100)
+        assert tunnel.mux.unconfirmed_bytes < 350_000
+        assert server.bridges.early_bytes > 800_000
+        # All of it comes, once it is read.
+        received: dict[bytes, bytes] = {}
+        while len(received) < 100 or any(data != hello for data in received.values()):
+            channel_id, _, data = raw.receive_flow(frame.DATA)
+            received[channel_id] = received.get(channel_id, b"") + data
+        assert server.bridges.early_bytes == 0
+    wait_until(lambda: is_idle(server))
+
+
 # --- expiry ----------------------------------------------------------------------------
 
 
@@ -417,14 +503,32 @@ def test_a_tunnel_ends_when_its_token_expires(
         assert all_of(connect(server, client_hello())) == ALERT_UNRECOGNIZED_NAME
 
 
+def test_a_token_that_expires_during_the_handshake_takes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = Credentials(tmp_path)
+    short = Credentials(tmp_path, fernet_key=good.fernet_key, valid_s=0.7)
+    with Server([good.fernet_key], ["127.0.0.1:0"]) as server:
+        with raw_client(good, server.ports[0]):
+            wait_until(lambda: names_of(server))
+            route = server.routes[HOSTNAME]
+            with Raw(connect(server), short, is_relay=False) as late:
+                aes = load()
+                shake = ClientHandshake(late.cipher, aes, short.token)
+                late.sock.sendall(shake.first())
+                answer = shake.receive(late.sock.recv(100))
+                time.sleep(max(0.0, short.payload.valid - time.time()) + 0.1)
+                late.sock.sendall(answer)
+                late.wait_for_end()
+            assert server.routes == {HOSTNAME: route}
+            assert server.takeovers == 0
+
+
 def test_names_of_expired_tokens_don_t_pile_up(tmp_path: Path, credentials: Credentials) -> None:
     with Server([credentials.fernet_key], ["127.0.0.1:0"]) as server:
-        payload = credentials.payload
-        payload.valid = time.time() - 1
         for number in range(5000):
-            payload.hostname = f"{number}.test"
-            server._remember(payload)
-        assert len(server._known) <= server_module.KNOWN_NAMES_BEFORE_PRUNING
+            server._known.add(f"{number}.test", time.time() - 1)
+        assert len(server._known._until) <= server_module.REMEMBERED_BEFORE_PRUNING
 
 
 # --- life ------------------------------------------------------------------------------
