@@ -22,11 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools import environment
 from tools.environment import PROJECT
 
-# The package itself: no other programs, no published releases.
-CORE = [
-    *("tests/protocol", "tests/net", "tests/client", "tests/server"),
-    *("tests/test_layering.py", "tests/test_programs.py"),
-]
+# With published releases and other people's programs, and under load: one after the other.
+REST = ("tests/interop", "tests/test_real_users.py", "tests/test_load.py")
+# The package itself. Its tests mostly wait, so several run at once.
+CORE = ("-n", "4", "tests", *(f"--ignore={path}" for path in REST))
 OTHER_PYTHONS: tuple[tuple[str, tuple[str, ...]], ...] = (("3.9", ()), ("3.13", ("-OO",)))
 CACHE = PROJECT / ".cache"
 
@@ -93,10 +92,10 @@ def main() -> int:
     steps.run("ruff check", sys.executable, "-m", "ruff", "check", ".")
     steps.run("ruff format", sys.executable, "-m", "ruff", "format", "--check", "--quiet", ".")
     steps.run("mypy", sys.executable, "-m", "mypy")
+    steps.run("tests of the package", *pytest, *CORE)
     if options.quick:
-        steps.run("tests of the package", *pytest, *CORE)
         return steps.report()
-    steps.run("all tests", *pytest)
+    steps.run("tests with other programs, and under load", *pytest, *REST)
     steps.run("tests of the package, cryptography", *pytest, "--crypto=cryptography", *CORE)
     other_pythons(steps)
     return steps.report()

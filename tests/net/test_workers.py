@@ -137,6 +137,7 @@ def test_keys_take_turns(workers: Workers) -> None:
     release = threading.Event()
     for number in range(THREADS):  # all threads are busy
         workers.submit(number, lambda: hang(release), lambda result, error: None)
+    wait_until(lambda: len(workers._active) == THREADS)
     for key in ("many", "many", "many", "one"):
         workers.submit(key, lambda: None, lambda result, error: None)
     assert [workers._next_job().key for _ in range(4)] == ["many", "one", "many", "many"]  # type: ignore[union-attr]

@@ -83,7 +83,7 @@ def test_a_flipped_bit_anywhere_is_noticed(aes: Aes) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["", "short", "x" * 44, "A" * 43, "A" * 44, "Aé" * 22, new_fernet_key(os.urandom) + "="]
+    "key", ["", "short", "x" * 44, "A" * 43, "A" * 44, "Aé" * 22, "A" * 43 + "=="]
 )
 def test_malformed_keys_are_named_by_their_number(key: str) -> None:
     with pytest.raises(ConfigurationError, match="Fernet key 2 is not 32 bytes"):
