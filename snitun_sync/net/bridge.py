@@ -32,11 +32,7 @@ from .tuning import (
     HIGH_WATERMARK_BYTES,
     IOV_MAX,
     LOW_WATERMARK_BYTES,
-    PRESSURE_OVER_SHARE,
-    PRESSURE_SHARE,
-    RESUME_READING_SHARE,
     STALLED_S,
-    SUSPEND_S,
 )
 
 TYPE_CHECKING = False
@@ -59,69 +55,6 @@ class BridgeState(Enum):
     FINISHING = "finishing"
     ENDING = "ending"
     CLOSED = "closed"
-
-
-class Bridges:
-    """All bridges of a process, and the bytes that they may hold together."""
-
-    __slots__ = (
-        "all",
-        "early_bytes",
-        "held_bytes",
-        "holding_tunnels",
-        "is_pressed",
-        "limit_bytes",
-        "suspended",
-    )
-
-    def __init__(self, limit_bytes: int) -> None:
-        self.limit_bytes = limit_bytes
-        self.held_bytes = 0
-        self.all: set[Bridge] = set()
-        self.early_bytes = 0
-        """The relay: what has come before there was room for it in a tunnel; see EARLY_BYTES."""
-        self.holding_tunnels = 0
-        """How many tunnels have bridges that hold anything."""
-        self.is_pressed = False
-        """Whether so much is held that no channel may hold more than it has."""
-        self.suspended: set[Tunnel] = set()
-        """Tunnels that are not read until there is room again."""
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the budget is used up."""
-        return self.held_bytes > self.limit_bytes
-
-    def changed(self, delta: int) -> None:
-        """Account for `delta` more bytes held; let tunnels go on when there is room again."""
-        self.held_bytes += delta
-        if self.is_pressed:
-            self.is_pressed = self.held_bytes > self.limit_bytes * PRESSURE_OVER_SHARE
-        elif self.held_bytes > self.limit_bytes * PRESSURE_SHARE:
-            self.is_pressed = True
-            for bridge in self.all:
-                bridge.pause_peer_above(1)
-        if self.suspended and self.held_bytes <= self.limit_bytes * RESUME_READING_SHARE:
-            for tunnel in tuple(self.suspended):
-                tunnel.resume_reading()
-
-    def abort_stalled(self, now: float) -> None:
-        """Abort the channels that hold most and take nothing, until there is room."""
-        limit = now - SUSPEND_S
-        stalled = [b for b in self.all if b.held_bytes and b.drained_at <= limit]
-        while self.is_full and stalled:
-            stalled.remove(self.abort_one(stalled))
-
-    def abort_one(self, bridges: list[Bridge]) -> Bridge:
-        """Abort the one that holds most, and return it."""
-        worst = max(bridges, key=lambda bridge: bridge.held_bytes)
-        worst.abort(
-            ChannelError(
-                f"aborted: it held {worst.held_bytes} bytes that were not taken, and the "
-                f"process may hold {self.limit_bytes}"
-            )
-        )
-        return worst
 
 
 class Bridge(Handler):

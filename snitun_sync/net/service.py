@@ -12,7 +12,7 @@ import threading
 
 from ..errors import LostError, MisuseError, SniTunError
 from ..protocol.aes import load
-from .bridge import Bridges
+from .bridges import Bridges
 from .loop import Loop
 from .tuning import STOP_S
 

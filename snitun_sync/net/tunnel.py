@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from ..protocol.cipher import UnitCipher
     from ..protocol.handshake import Handshake
     from ..protocol.mux import Buffer, Channel
-    from .bridge import Bridges
+    from .bridges import Bridges
     from .loop import Loop, Timer
 
     class Owner(Protocol):

@@ -1,9 +1,6 @@
 """The relay: devices and clients arrive, hostnames lead from one to the other.
 
 Every name leads to the newest tunnel that names it and has answered its challenge.
-A tunnel to which no name is left has been taken over: its channels live on for a
-grace time, then it ends. A tunnel that ends removes only the routes that still lead
-to it.
 """
 
 from __future__ import annotations
@@ -14,48 +11,27 @@ import logging
 import os
 import time
 
-from ..errors import (
-    AuthenticationError,
-    ConfigurationError,
-    ListenError,
-    LostError,
-    RefusedError,
-    SniTunError,
-    TakenOverError,
-    TokenError,
-    ViolationError,
-)
+from ..errors import ConfigurationError, ListenError, LostError, TokenError
 from ..net.bridge import Bridge
 from ..net.service import Service
 from ..net.sockets import host_text, listen, pack_ip
 from ..net.tuning import RELAY_BUDGET_BYTES
-from ..net.tunnel import Tunnel
 from ..protocol.cipher import unit_cipher
-from ..protocol.frame import EXPIRED, IPV4_MAPPED, STOPPING, TAKEN_OVER
-from ..protocol.handshake import RelayHandshake
+from ..protocol.frame import STOPPING
 from ..protocol.hello import ALERT_INTERNAL_ERROR, ALERT_UNRECOGNIZED_NAME
 from ..protocol.names import parse_address
 from ..protocol.token import Fernet, Payload, check_fernet_keys
 from .arrival import Arrival, Listener
+from .registration import Registration
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..net.loop import Timer
-    from ..protocol.cipher import UnitCipher
-    from ..protocol.mux import Channel
-
 log = logging.getLogger("snitun_sync")
 
-# How long the channels of a tunnel live on after another one has taken its names.
-TAKEOVER_GRACE_S = 10.0
-# The clock may be set: look again at least this often whether a token has expired.
-EXPIRY_CHECK_S = 600.0
 # What belongs to expired tokens is looked for when there is twice as much as at the last time.
 REMEMBERED_BEFORE_PRUNING = 1024
-
-REFUSALS = (RefusedError, AuthenticationError, ViolationError)
 
 
 class Server(Service):
@@ -220,120 +196,3 @@ class Remembered:
             now = time.time()
             self._until = {thing: valid for thing, valid in self._until.items() if valid > now}
             self._prune_at = max(REMEMBERED_BEFORE_PRUNING, 2 * len(self._until))
-
-
-class Registration:
-    """One client at the relay: its tunnel and the names that lead to it."""
-
-    def __init__(
-        self, server: Server, arrival: Arrival, payload: Payload, cipher: UnitCipher
-    ) -> None:
-        """Challenge the client; `arrival` hands its socket over."""
-        self._server = server
-        self.payload = payload
-        self.names: set[str] = set()
-        self.host, self.port = arrival.host, arrival.port
-        self.tunnel = Tunnel(
-            server.loop,
-            server.bridges,
-            arrival.release(),
-            cipher,
-            RelayHandshake(cipher, server.aes, os.urandom),
-            payload.protocol_version,
-            self,
-            is_relay=True,
-            peer=host_text(self.host, self.port),
-        )
-        self._expiry: Timer | None = None
-        self._successor: Registration | None = None
-        self._grace: Timer | None = None
-
-    def __str__(self) -> str:
-        return f"client {self.payload.hostname} at {self.tunnel.peer}"
-
-    # --- what the tunnel tells its owner ---------------------------------------------
-
-    def tunnel_up(self, tunnel: Tunnel) -> None:
-        """The client has answered its challenge: its names lead to it from now on."""
-        payload = self.payload
-        if payload.valid <= time.time():  # since the handshake began
-            self._expire()
-            return
-        log.info(
-            "%s: tunnel up, version %d, %s, names %s",
-            self,
-            payload.protocol_version,
-            payload.cipher,
-            ", ".join(payload.names),
-        )
-        self._server.register(self)
-        self._check_expiry()
-
-    def tunnel_ended(self, tunnel: Tunnel, error: SniTunError) -> None:
-        """The tunnel is over: no name leads to it any more."""
-        server = self._server
-        server.tunnels.discard(tunnel)
-        self._forget_names()
-        for timer in (self._expiry, self._grace):
-            if timer is not None:
-                timer.cancel()
-        level = logging.WARNING if isinstance(error, REFUSALS) else logging.INFO
-        log.log(
-            level,
-            "%s: tunnel ended after %.0f s: %s",
-            self,
-            server.loop.now - tunnel.started_at,
-            error,
-        )
-        server.tunnel_closed()
-
-    def channel_opened(self, tunnel: Tunnel, channel: Channel, address: bytes) -> None:
-        """Never comes: a client opens no channels."""
-
-    def channel_closed(self, bridge: Bridge) -> None:
-        """One device less; the last one lets a tunnel go that has been taken over."""
-        if self._successor is not None and not self.tunnel.mux.channels:
-            self._server.loop.call_soon(self._finish_taken_over)
-        self._server.channel_closed(bridge)
-
-    # --- takeover and expiry -----------------------------------------------------------
-
-    def name_lost(self, name: str, successor: Registration) -> None:
-        """Another client's tunnel leads `name` now."""
-        self.names.discard(name)
-        if self.names or self._successor is not None:
-            return
-        self._successor = successor
-        log.warning("%s: another connection, from %s, took over", self, successor.tunnel.peer)
-        if self.tunnel.mux.channels:
-            self._grace = self._server.loop.call_later(TAKEOVER_GRACE_S, self._finish_taken_over)
-        else:
-            self._finish_taken_over()
-
-    def _finish_taken_over(self) -> None:
-        successor = self._successor
-        assert successor is not None
-        address = pack_ip(successor.host)
-        self.tunnel.finish(
-            TakenOverError(f"another connection, from {successor.tunnel.peer}, took over"),
-            TAKEN_OVER + successor.port.to_bytes(2, "big"),
-            address if len(address) == 16 else IPV4_MAPPED + address,
-        )
-
-    def _check_expiry(self) -> None:
-        left_s = self.payload.valid - time.time()
-        if left_s > 0:
-            self._expiry = self._server.loop.call_later(
-                min(left_s, EXPIRY_CHECK_S), self._check_expiry
-            )
-        else:
-            self._expire()
-
-    def _expire(self) -> None:
-        self._forget_names()  # at once: a device gets an alert rather than a reset
-        self.tunnel.finish(TokenError("its token has expired"), EXPIRED)
-
-    def _forget_names(self) -> None:
-        for name in self.names:
-            del self._server.routes[name]
-        self.names.clear()

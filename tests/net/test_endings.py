@@ -15,6 +15,7 @@ import pytest
 
 from snitun_sync.client import client as client_module
 from snitun_sync.net import bridge as bridge_module
+from snitun_sync.net import bridges as bridges_module
 from snitun_sync.net import tunnel as tunnel_module
 from snitun_sync.net.bridge import BridgeState
 from snitun_sync.net.sockets import blocking_connect
@@ -442,7 +443,7 @@ def test_version_0_several_stalls_cost_one_suspension(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tunnel_module, "SUSPEND_S", 0.5)
-    monkeypatch.setattr(bridge_module, "SUSPEND_S", 0.5)
+    monkeypatch.setattr(bridges_module, "SUSPEND_S", 0.5)
     suspensions: list[float] = []
     real = tunnel_module.Tunnel._suspension_over
 
@@ -505,7 +506,7 @@ def test_silent_tunnels_that_fill_the_process_are_found(
                 time.sleep(0.001)
         assert bridges.is_full
         assert len(bridges.all) == 3
-        monkeypatch.setattr(bridge_module, "SUSPEND_S", 0.1)
+        monkeypatch.setattr(bridges_module, "SUSPEND_S", 0.1)
         time.sleep(0.2)
         download(services.port, MIB)
         wait_until(lambda: not bridges.is_full)

@@ -24,6 +24,7 @@ from snitun_sync.protocol.handshake import ClientHandshake
 from snitun_sync.protocol.hello import ALERT_INTERNAL_ERROR, ALERT_UNRECOGNIZED_NAME
 from snitun_sync.protocol.token import new_fernet_key
 from snitun_sync.server import Server, arrival
+from snitun_sync.server import registration as registration_module
 from snitun_sync.server import server as server_module
 from tests.services import Raw, Services, is_idle, raw_client
 from tests.support import (
@@ -389,7 +390,7 @@ def test_a_token_alone_takes_nothing(server: Server, credentials: Credentials) -
 def test_channels_of_the_old_tunnel_live_on_for_a_grace_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "TAKEOVER_GRACE_S", 1.0)
+    monkeypatch.setattr(registration_module, "TAKEOVER_GRACE_S", 1.0)
     with Services(tmp_path) as services, services.device("ECHO") as old:
         old.exchange()
         with raw_client(services.credentials, services.port):
