@@ -235,7 +235,7 @@ def test_2000_connections_leave_no_descriptor_and_no_thread(
             lambda: [process_counts(program.pid) for program in (server, peer)] == before,
             f"descriptors and threads as before: {before}",
         )
-        assert endpoint.open == 0
+        wait_until(lambda: endpoint.open == 0)
         for program in (server, peer):
             assert "defect" not in program.output
             assert "Traceback" not in program.output
