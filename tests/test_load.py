@@ -256,6 +256,7 @@ def cpu_s(program: Program) -> float:
     return (int(fields[11]) + int(fields[12])) / 100
 
 
+@pytest.mark.timeout(600)
 def test_two_clients_with_one_ticket_get_rarer(
     credentials: Credentials, endpoint: Endpoint, request: pytest.FixtureRequest
 ) -> None:
