@@ -518,6 +518,7 @@ def test_a_peer_that_never_lets_a_channel_end_is_given_up(
 ) -> None:
     monkeypatch.setattr(bridge_module, "FINISH_S", 0.5)
     with Services(tmp_path) as services:
+        services.client.stop()  # it would take the name back
         with raw_client(services.credentials, services.port) as raw:
             with services.device() as device:
                 data = client_hello() + bytes(3 * MIB)
