@@ -36,11 +36,11 @@ class Steps:
     def __init__(self) -> None:
         self._results: list[tuple[str, str, float]] = []
 
-    def run(self, name: str, *command: str, env: dict[str, str] | None = None) -> None:
+    def run(self, name: str, *command: str) -> None:
         """Run a command in the project's folder."""
         print(f"\n=== {name}", flush=True)
         begin = time.monotonic()
-        done = subprocess.run(command, cwd=PROJECT, env={**os.environ, **(env or {})}, check=False)
+        done = subprocess.run(command, cwd=PROJECT, check=False)
         self._results.append(
             (name, "ok" if done.returncode == 0 else "FAILED", time.monotonic() - begin)
         )

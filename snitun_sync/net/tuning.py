@@ -31,13 +31,13 @@ EARLY_READ_BYTES = 16 * 1024
 
 # One channel's turn, and so the largest frame, while the tunnel is busy.
 TURN_BYTES = 128 * 1024
+# The same where the session master throttles the tunnel's DATA frames.
+THROTTLED_TURN_BYTES = 64 * 1024
 # DATA on its way in a tunnel, sent and not yet read over there: what a peer must be ready
 # to hold when its sockets stall. More only where the path itself holds more.
 IN_FLIGHT_BYTES = 1024 * 1024
 # Of that, what the kernel may hold and not have sent: what can't be overtaken any more.
 UNSENT_BYTES = 128 * 1024
-# The same where the session master throttles the tunnel's DATA frames.
-THROTTLED_TURN_BYTES = 64 * 1024
 # Turns taken before the loop looks at other sockets.
 TURNS_AT_ONCE = 16
 # Below this, joining the pieces and one send is cheaper than sendmsg.

@@ -281,6 +281,11 @@ class Mux:
         if self._peer_knows_goaway:
             self._queue(GOAWAY, address, reason)
 
+    @property
+    def queued_frames(self) -> int:
+        """How many frames wait in `data_to_send`."""
+        return len(self._units)
+
     def data_to_send(self) -> list[Buffer]:
         """Return what is to be written next, in order, and forget it: sealed units and payloads."""
         units, self._units = self._units, []
@@ -327,11 +332,6 @@ class Mux:
     # --- turns -----------------------------------------------------------------
 
     @property
-    def queued_frames(self) -> int:
-        """How many frames wait in `data_to_send`."""
-        return len(self._units)
-
-    @property
     def has_turns(self) -> bool:
         """Whether a channel waits for its turn to send."""
         return bool(self._new_turns or self._old_turns)
@@ -349,8 +349,10 @@ class Mux:
 
     def next_turn(self) -> Channel | None:
         """Return the channel whose turn it is, no longer in line, or None."""
-        is_new = not self._old_turns or self._new_bytes < OLD_TURN_BYTES
-        for turns in (self._new_turns, self._old_turns)[:: 1 if is_new else -1]:
+        lines = (self._new_turns, self._old_turns)
+        if self._new_bytes >= OLD_TURN_BYTES:
+            lines = (self._old_turns, self._new_turns)
+        for turns in lines:
             while turns:
                 channel = turns.popleft()
                 channel.waits_for_turn = False
