@@ -77,7 +77,7 @@ class Parser(argparse.ArgumentParser):
             prog=prog,
             description=description,
             epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_help,
             allow_abbrev=False,
             **options,
         )
@@ -102,6 +102,15 @@ class Parser(argparse.ArgumentParser):
             metavar="LEVEL",
             help=f"{', '.join(LOG_LEVELS)} (default: info); debug has a line for each connection",
         )
+
+
+def _help(prog: str) -> argparse.HelpFormatter:
+    """Format for the terminal's width; argparse would import shutil (0.7 MiB) to learn it."""
+    try:
+        columns = int(os.environ.get("COLUMNS", "0")) or os.get_terminal_size().columns
+    except (OSError, ValueError):
+        columns = 80
+    return argparse.RawDescriptionHelpFormatter(prog, width=columns - 2)
 
 
 def masked(text: str) -> str:

@@ -177,6 +177,30 @@ class Endpoint:
         sock.sendall(digest.hexdigest().encode())
 
 
+class HungEndpoint:
+    """Listens, and connects nobody until `release`: while its queue is full, Linux drops SYNs."""
+
+    def __init__(self) -> None:
+        self.listener = socket.socket()
+        self.listener.bind(("127.0.0.1", 0))
+        self.listener.listen(0)
+        self.port = self.listener.getsockname()[1]
+        self.address = f"127.0.0.1:{self.port}"
+        self._filler = socket.create_connection(self.listener.getsockname())
+
+    def __enter__(self) -> HungEndpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._filler.close()
+        self.listener.close()
+
+    def release(self) -> None:
+        """Let connections in, one for each `accept`; the first may take the 3 s of a new SYN."""
+        self.listener.listen(128)
+        self.listener.accept()[0].close()
+
+
 class Device:
     """One device's connection to a relay."""
 

@@ -16,7 +16,7 @@ from ..errors import (
     TakenOverError,
     UnreachableError,
 )
-from ..net.bridge import Bridge
+from ..net.bridge import Bridge, BridgeState
 from ..net.service import Service
 from ..net.sockets import blocking_connect, unpack_ip
 from ..net.tuning import CLIENT_BUDGET_BYTES, CONNECT_S
@@ -27,12 +27,12 @@ from ..protocol.cipher import unit_cipher
 from ..protocol.handshake import ClientHandshake
 from ..protocol.names import parse_address
 from ..protocol.ticket import RELAY_PORT, Ticket
+from .endpoint import Endpoint, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
 
-    from ..net.workers import Job
     from ..protocol.aes import Aes
     from ..protocol.cipher import UnitCipher
     from ..protocol.mux import Channel
@@ -70,18 +70,18 @@ class Client(Service):
         `server` overrides the ticket's. Raises ConfigurationError.
         """
         self.ticket = Ticket.parse(ticket) if isinstance(ticket, str) else ticket
-        self.endpoint = parse_address(endpoint, "--endpoint", can_be_unix=True)
+        address = parse_address(endpoint, "--endpoint", can_be_unix=True)
         self.server = parse_address(
             server or self.ticket.server, "--server", default_port=RELAY_PORT
         )
         self._new_cipher(load(crypto))  # says now what the crypto package lacks
         super().__init__(budget_bytes=budget_bytes, crypto=crypto)
         self._workers = Workers(self.loop)
+        self.endpoint = Endpoint(self.loop, self._workers, address)
         self._once = once
         self._is_spent = False  # a single-use key has been used
         self._attempts = 0  # since the last good tunnel
         self._held: list[Bridge] = []
-        self._connecting: dict[Bridge, Job] = {}
         self._up = threading.Event()
         self._is_closed = False
         self.tunnel: Tunnel | None = None
@@ -121,7 +121,7 @@ class Client(Service):
                 sock.close()
             elif not self._is_stopping:
                 self._failed(
-                    UnreachableError(f"can't reach the relay {self.server}: {_reason(error)}")
+                    UnreachableError(f"can't reach the relay {self.server}: {reason(error)}")
                 )
             return
         cipher = self._new_cipher(self.aes)
@@ -189,7 +189,7 @@ class Client(Service):
         self._up.set()
         held, self._held = self._held, []
         for bridge in held:
-            self._open_endpoint(bridge)
+            self.endpoint.connect(bridge)
 
     def tunnel_ended(self, tunnel: Tunnel, error: SniTunError) -> None:
         """Say why, and try again."""
@@ -210,39 +210,22 @@ class Client(Service):
         """A device has come: connect to the endpoint, once the relay is proven."""
         bridge = Bridge(tunnel, channel, unpack_ip(address))
         if tunnel.state is TunnelState.UP:
-            self._open_endpoint(bridge)
+            # When all that came with NEW is there: it can be sent at once then.
+            self.loop.call_soon(self._connect_endpoint, bridge)
         elif len(self._held) < HELD_CHANNELS:
             self._held.append(bridge)
         else:
             bridge.abort(EndpointError("too many channels before the relay has proven itself"))
 
-    def _open_endpoint(self, bridge: Bridge) -> None:
-        job = self._workers.submit(
-            self.endpoint,
-            partial(blocking_connect, self.endpoint, CONNECT_S),
-            partial(self._endpoint_open, bridge),
-        )
-        if job is not None:
-            self._connecting[bridge] = job
-        else:
-            bridge.abort(EndpointError(f"too many connections wait for endpoint {self.endpoint}"))
-
-    def _endpoint_open(
-        self, bridge: Bridge, sock: socket.socket | None, error: Exception | None
-    ) -> None:
-        self._connecting.pop(bridge, None)
-        if sock is not None:
-            bridge.connected(sock)
-        else:
-            bridge.abort(EndpointError(f"can't reach endpoint {self.endpoint}: {_reason(error)}"))
+    def _connect_endpoint(self, bridge: Bridge) -> None:
+        if bridge.state is not BridgeState.CLOSED:
+            self.endpoint.connect(bridge)
 
     def channel_closed(self, bridge: Bridge) -> None:
         """A device is gone: connect no more for it."""
         if bridge in self._held:
             self._held.remove(bridge)
-        job = self._connecting.pop(bridge, None)
-        if job is not None:
-            self._workers.cancel(job)
+        self.endpoint.cancel(bridge)
         super().channel_closed(bridge)
 
     # --- the end -------------------------------------------------------------------
@@ -257,10 +240,6 @@ class Client(Service):
         super()._close()
         self._is_closed = True
         self._up.set()
-
-
-def _reason(error: Exception | None) -> str:
-    return str(getattr(error, "strerror", None) or error or "unknown")
 
 
 def _utc(seconds: float) -> str:

@@ -10,7 +10,12 @@ from struct import Struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from ..protocol.names import Address
+
+    Place = tuple[int, Any]
+    """An address family, and what `connect` takes in it."""
 
 # linux/tcp.h, struct tcp_info: tcpi_min_rtt (µs) at 148, tcpi_delivery_rate (bytes/s) at 160
 _TCP_INFO = Struct("=148xI8xQ")
@@ -21,12 +26,18 @@ KEEPALIVE_INTERVAL_S = 15
 KEEPALIVE_PROBES = 4
 
 
-def tune(sock: socket.socket) -> None:
-    """Prepare a connected socket for the loop: non-blocking, no Nagle, TCP keepalive."""
+def tune(sock: socket.socket, *, is_remote: bool = True) -> None:
+    """Prepare a socket for the loop: non-blocking, no Nagle, TCP keepalive.
+
+    Connections accepted from a socket that listens have its options. The other end of
+    one that isn't `is_remote` can't vanish without a word: it needs no keepalive.
+    """
     sock.setblocking(False)
     if sock.family == socket.AF_UNIX:
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if not is_remote:
+        return
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (
         ("TCP_KEEPIDLE", KEEPALIVE_IDLE_S),
@@ -73,22 +84,49 @@ def blocking_connect(address: Address, timeout_s: float) -> socket.socket:
 
     All addresses of a name are tried in turn, `timeout_s` seconds each. Raises OSError.
     """
-    if address.path:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    failure = OSError("the name has no address")
+    for family, place in blocking_resolve(address):
+        sock = socket.socket(family, socket.SOCK_STREAM)
         try:
             sock.settimeout(timeout_s)
-            sock.connect(address.path)
-        except BaseException:
+            sock.connect(place)
+            tune(sock)
+        except OSError as error:
             sock.close()
-            raise
-    else:
-        sock = socket.create_connection((address.host, address.port), timeout_s)
-    tune(sock)
-    return sock
+            failure = error
+        else:
+            return sock
+    raise failure
+
+
+def blocking_resolve(address: Address) -> list[Place]:
+    """Return all places that `address` stands for; for worker threads. Raises OSError."""
+    if address.path:
+        return [(socket.AF_UNIX, address.path)]
+    return _resolve(address, 0)
+
+
+def numeric_places(address: Address) -> list[Place]:
+    """Return the places of a path or an IP address, which needs no resolving; [] for a name."""
+    if address.path:
+        return [(socket.AF_UNIX, address.path)]
+    try:
+        return _resolve(address, socket.AI_NUMERICHOST)
+    except OSError:
+        return []
+
+
+def _resolve(address: Address, flags: int) -> list[Place]:
+    # As bytes: a text goes through the codec for names of other scripts (0.4 MiB), which
+    # are refused here anyway.
+    infos = socket.getaddrinfo(
+        address.host.encode(), address.port, type=socket.SOCK_STREAM, flags=flags
+    )
+    return [(family, place) for family, _, _, _, place in infos]
 
 
 def listen(address: Address) -> list[socket.socket]:
-    """Return non-blocking sockets that listen on `address`, one for each family of a name.
+    """Return tuned sockets that listen on `address`, one for each family of a name.
 
     IPv6 sockets take no IPv4: who wants both names both, or "" for all addresses.
     Where port 0 asks for any free port, all sockets get the same one. Raises OSError.
@@ -114,8 +152,8 @@ def listen(address: Address) -> list[socket.socket]:
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.bind((place[0], port, *place[2:]))
+            tune(sock)
             sock.listen(LISTEN_BACKLOG)
-            sock.setblocking(False)
             port = sock.getsockname()[1]
     except BaseException:
         for sock in sockets:

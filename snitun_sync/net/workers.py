@@ -37,7 +37,7 @@ class Job:
 
 
 class Workers:
-    """The threads of one loop; they are started as jobs come. Results have a `close` method."""
+    """The threads of one loop; they are started as jobs come."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
@@ -88,7 +88,7 @@ class Workers:
                     del self._waiting[job.key]
 
     def close(self) -> None:
-        """Let the threads end; a result that comes after this is closed, not handed over."""
+        """Let the threads end; what comes after this is closed, if it can be, not handed over."""
         with self._condition:
             self._is_closed = True
             self._waiting.clear()
@@ -107,8 +107,8 @@ class Workers:
                     del self._active[job.key]
                 if not self._is_closed:
                     self._loop.call_soon_threadsafe(job.done, result, failure)
-                elif result is not None:
-                    result.close()
+                elif (close := getattr(result, "close", None)) is not None:
+                    close()
 
     def _next_job(self) -> Job | None:
         with self._condition:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from types import ModuleType
 
 from ..errors import AuthenticationError, ConfigurationError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import ModuleType
 
     Transform = Callable[[bytes], bytes]
     """Encrypts or decrypts the next whole blocks of one CBC stream."""
@@ -165,12 +165,19 @@ def _no_gcm_siv(reason: str) -> ConfigurationError:
 def _import_pycryptodome() -> tuple[ModuleType, ModuleType]:
     """Return pycryptodome's modules Cipher.AES and Hash.SHA256.
 
-    Where cffi is installed it is hidden while they load: they would pull it in,
-    and with it pycparser (1.7 MiB); ctypes serves them as well and as fast.
+    What they would pull in without need is out of sight while they load: cffi, with
+    pycparser (1.7 MiB; ctypes serves them as well and as fast); ctypes.util, with
+    subprocess, shutil and tempfile (1.4 MiB, to find libraries outside of pycryptodome);
+    platform, which would start `file` to tell that this is not Windows.
     """
-    hide = "cffi" not in sys.modules
-    if hide:
-        sys.modules["cffi"] = None  # type: ignore[assignment]
+    hidden: dict[str, ModuleType | None] = {"cffi": None}
+    if sys.platform != "win32":
+        hidden["ctypes.util"] = util = ModuleType("ctypes.util")
+        util.find_library = _find_library  # type: ignore[attr-defined]
+        hidden["platform"] = platform = ModuleType("platform")
+        platform.architecture = lambda: ("", "ELF")  # type: ignore[attr-defined]
+    hidden = {name: module for name, module in hidden.items() if name not in sys.modules}
+    sys.modules.update(hidden)  # type: ignore[arg-type]
     try:
         for package in ("Crypto", "Cryptodome"):
             try:
@@ -183,9 +190,15 @@ def _import_pycryptodome() -> tuple[ModuleType, ModuleType]:
             except ImportError:
                 continue
     finally:
-        if hide:
-            del sys.modules["cffi"]
+        for name in hidden:
+            del sys.modules[name]
     raise ImportError("neither Crypto nor Cryptodome")
+
+
+def _find_library(name: str) -> str | None:
+    """ctypes.util.find_library for whatever else of pycryptodome is imported later."""
+    found: str | None = import_module("ctypes.util").find_library(name)
+    return found
 
 
 _loaded: dict[str, Aes] = {}

@@ -12,7 +12,7 @@ import socket
 
 from ..errors import HelloError, TokenError
 from ..net.loop import READ, Handler
-from ..net.sockets import host_text, tune
+from ..net.sockets import host_text
 from ..net.tuning import (
     DRAIN_S,
     EARLY_BYTES,
@@ -72,11 +72,7 @@ class Listener(Handler):
                     self._loop.call_later(ACCEPT_PAUSE_S, self.listen)
                     return
                 continue  # that one is gone already
-            try:
-                tune(sock)
-            except OSError:  # reset meanwhile
-                sock.close()
-                continue
+            sock.setblocking(False)
             Arrival(self._server, self, sock, place[0], place[1])
 
     def fail(self, error: Exception) -> None:

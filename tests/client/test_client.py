@@ -15,6 +15,7 @@ import pytest
 
 from snitun_sync.client import Client
 from snitun_sync.client import client as client_module
+from snitun_sync.client.endpoint import OPENING_LIMIT
 from snitun_sync.errors import (
     ConfigurationError,
     LinkError,
@@ -27,14 +28,11 @@ from snitun_sync.errors import (
 from snitun_sync.net import tunnel as tunnel_module
 from snitun_sync.net.bridge import BridgeState
 from snitun_sync.net.loop import Loop
-from snitun_sync.net.sockets import blocking_connect
 from snitun_sync.net.tuning import PROVING_FRAMES
-from snitun_sync.net.workers import QUEUED_PER_KEY
 from snitun_sync.protocol import frame
 from snitun_sync.protocol.cipher import CIPHERS
-from snitun_sync.protocol.names import Address
 from tests.services import Raw, RawRelay, is_idle, receive_exactly, refusing_port
-from tests.support import WAIT_S, Credentials, Endpoint, client_hello, wait_until
+from tests.support import WAIT_S, Credentials, Endpoint, HungEndpoint, client_hello, wait_until
 
 ECHO = client_hello() + b"ECHO\nhello"
 
@@ -462,33 +460,24 @@ def test_a_gcm_ticket_whose_token_was_never_sent_is_still_good(
 
 
 def test_a_full_queue_of_connects_never_keeps_the_relay_waiting(
-    relay: RawRelay, endpoint: Endpoint, quick_retries: None, monkeypatch: pytest.MonkeyPatch
+    relay: RawRelay, quick_retries: None
 ) -> None:
     """The endpoint hangs; devices come and go, and more wait; then the tunnel is lost."""
-    release = threading.Event()
-
-    def connect(address: Address, timeout_s: float) -> socket.socket:
-        if address.port == relay.port:
-            return blocking_connect(address, timeout_s)
-        release.wait()
-        raise OSError("too late")
-
-    monkeypatch.setattr(client_module, "blocking_connect", connect)
-    with running(relay, endpoint.address) as client:
+    with HungEndpoint() as hung, running(relay, hung.address) as client:
         with relay.tunnel() as raw:
-            ids = [number.to_bytes(16, "big") for number in range(2 * QUEUED_PER_KEY)]
+            ids = [number.to_bytes(16, "big") for number in range(2 * OPENING_LIMIT)]
             for channel_id in ids:
                 raw.new(channel_id)
                 raw.send(frame.CLOSE, channel_id)
             raw.new(b"c" * 16)
             wait_until(lambda: [b.channel.id for b in tuple(client.bridges.all)] == [b"c" * 16])
-            assert len(client._connecting) == 1  # nobody waits for the others any more
-            for number in range(QUEUED_PER_KEY):
+            wait_until(lambda: len(client.endpoint._opening) == 1)  # nobody waits for the others
+            for number in range(OPENING_LIMIT):
                 raw.new((number + 1 << 64).to_bytes(16, "big"))
-            wait_until(lambda: len(client.bridges.all) > QUEUED_PER_KEY // 2)
+            wait_until(lambda: len(client.bridges.all) > OPENING_LIMIT // 2)
         with relay.tunnel():
             assert client.wait_until_up(10)
-        release.set()
+            assert not client.endpoint._opening
 
 
 # --- channels and endpoints --------------------------------------------------------------
@@ -541,19 +530,11 @@ def test_a_unix_endpoint(relay: RawRelay, tmp_path: Path) -> None:
 
 
 def test_data_waits_for_an_endpoint_that_connects_late_even_behind_close(
-    relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+    relay: RawRelay,
 ) -> None:
-    release = threading.Event()
-
-    def late(*arguments: object) -> socket.socket:
-        if arguments[0] is client.endpoint:
-            release.wait()
-        return blocking_connect(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(client_module, "blocking_connect", late)
     received: list[bytes] = []
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        with running(relay, f"127.0.0.1:{listener.getsockname()[1]}") as client:
+    with HungEndpoint() as hung:
+        with running(relay, hung.address) as client:
             with relay.tunnel() as raw:
                 for channel_id, data in ((b"a" * 16, b"last words"), (b"b" * 16, b"")):
                     raw.new(channel_id)
@@ -562,29 +543,18 @@ def test_data_waits_for_an_endpoint_that_connects_late_even_behind_close(
                     raw.send(frame.CLOSE, channel_id)
                 raw.send(frame.PING, b"x" * 16, b"ping")
                 raw.receive_flow(frame.PING)
-                release.set()
+                hung.release()
                 while b"last words" not in received:  # a connection without any may come first
-                    sock, _ = listener.accept()
+                    sock, _ = hung.listener.accept()
                     with sock, sock.makefile("rb") as file:
                         received.append(file.read())
                 wait_until(lambda: is_idle(client))
     assert received in ([b"last words"], [b"", b"last words"])
 
 
-def test_a_hung_endpoint_delays_nothing_else(
-    relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hung_endpoint_delays_nothing_else(relay: RawRelay, quick_retries: None) -> None:
     """Connects hang; reconnecting to the relay and stopping don't wait for them."""
-    hung = threading.Event()
-
-    def hang(*arguments: object) -> socket.socket:
-        if arguments[0] is client.endpoint:
-            hung.wait()
-        return blocking_connect(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(client_module, "blocking_connect", hang)
-    monkeypatch.setattr(client_module, "FIRST_RETRY_S", 0.01)
-    with running(relay, endpoint.address) as client:
+    with HungEndpoint() as hung, running(relay, hung.address) as client:
         with relay.tunnel() as raw:
             for number in range(20):
                 raw.new(bytes([number]) * 16)
@@ -594,27 +564,53 @@ def test_a_hung_endpoint_delays_nothing_else(
             assert client.wait_until_up(10)
         begin = time.monotonic()
     assert time.monotonic() - begin < 5
-    hung.set()
 
 
-def test_too_many_connects_are_refused(
-    relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    release = threading.Event()
-
-    def hang(*arguments: object) -> socket.socket:
-        if arguments[0] is client.endpoint:
-            release.wait()
-        return blocking_connect(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(client_module, "blocking_connect", hang)
-    with running(relay, endpoint.address) as client, relay.tunnel() as raw:
-        for _ in range(600):
+def test_too_many_connects_are_refused(relay: RawRelay) -> None:
+    with (
+        HungEndpoint() as hung,
+        running(relay, hung.address) as client,
+        relay.tunnel() as raw,
+    ):
+        for _ in range(OPENING_LIMIT + 1):
             raw.new(os.urandom(16))
         raw.receive_flow(frame.CLOSE)
-        release.set()
         raw.sock.close()
         wait_until(lambda: not client.bridges.all)
+
+
+def test_an_endpoint_s_name_is_resolved_on_a_worker(
+    relay: RawRelay, endpoint: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its service listens on IPv4 only: the IPv6 address of the name refuses first."""
+    with running(relay, f"localhost:{endpoint.port}") as client, relay.tunnel() as raw:
+        for number in range(3):
+            open_echo(raw, bytes([number]) * 16)
+        assert client.endpoint._workers._threads <= 2
+    with running(relay, "no-such-name.invalid:80"), relay.tunnel() as raw:
+        for number in range(3):
+            raw.new(bytes([number]) * 16)
+        for _ in range(3):
+            raw.receive_flow(frame.CLOSE)
+    assert "can't reach endpoint no-such-name.invalid:80: " in caplog.text
+
+
+def test_a_unix_endpoint_whose_queue_is_full_is_asked_again(
+    relay: RawRelay, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "service.sock")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as filler:
+        listener.bind(path)
+        listener.listen(0)
+        filler.connect(path)
+        with running(relay, f"unix:{path}") as client, relay.tunnel() as raw:
+            raw.new(b"c" * 16)
+            raw.send(frame.DATA, b"c" * 16, data=b"hello")
+            wait_until(lambda: client.endpoint._opening)
+            listener.accept()[0].close()
+            sock, _ = listener.accept()
+            with sock:
+                assert sock.recv(100) == b"hello"
 
 
 # --- the library ---------------------------------------------------------------------------

@@ -13,12 +13,10 @@ from typing import Any, Callable
 
 import pytest
 
-from snitun_sync.client import client as client_module
 from snitun_sync.net import bridge as bridge_module
 from snitun_sync.net import bridges as bridges_module
 from snitun_sync.net import tunnel as tunnel_module
 from snitun_sync.net.bridge import BridgeState
-from snitun_sync.net.sockets import blocking_connect
 from snitun_sync.protocol import frame
 from tests.services import Services, raw_client, refusing_port
 from tests.support import (
@@ -26,6 +24,7 @@ from tests.support import (
     Credentials,
     Device,
     Endpoint,
+    HungEndpoint,
     client_hello,
     download,
     in_threads,
@@ -265,29 +264,18 @@ def test_resets_in_the_middle_of_a_transfer(
         one.services.wait_until_idle()
 
 
-def test_resets_before_the_endpoint_is_connected(
-    tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    release = threading.Event()
-
-    def late(*arguments: Any) -> socket.socket:
-        if arguments[0].port == port:
-            release.wait()
-        return blocking_connect(*arguments)
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        monkeypatch.setattr(client_module, "blocking_connect", late)
-        with Services(tmp_path, version=version, endpoint_address=f"127.0.0.1:{port}") as services:
+def test_resets_before_the_endpoint_is_connected(tmp_path: Path, version: int) -> None:
+    with HungEndpoint() as hung:
+        with Services(tmp_path, version=version, endpoint_address=hung.address) as services:
             devices = [services.device("HANG") for _ in range(5)]
             wait_until(lambda: len(services.client.bridges.all) == 5)
             for device in devices[:4]:
                 reset(device.sock)
             wait_until(lambda: len(services.server.bridges.all) == 1)
-            release.set()
+            hung.release()
+            # A device that has sent something gets its connection, also when it is gone.
             for _ in range(5):
-                sock, _ = listener.accept()
-                sock.close()
+                hung.listener.accept()[0].close()
             devices[4].sock.close()
             services.wait_until_idle()
 

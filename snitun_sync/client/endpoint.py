@@ -1,0 +1,94 @@
+"""The endpoint: the local service, to which each channel gets a connection of its own."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from ..errors import EndpointError
+from ..net.connecting import Connecting
+from ..net.sockets import blocking_resolve, numeric_places
+from ..net.tuning import CONNECT_S
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+
+    from ..net.bridge import Bridge
+    from ..net.loop import Loop
+    from ..net.sockets import Place
+    from ..net.workers import Workers
+    from ..protocol.names import Address
+
+# Connections being opened at a time. Each takes a descriptor, and a device waits for it.
+OPENING_LIMIT = 512
+# How long the addresses of a name are used before it is resolved again.
+RESOLVED_S = 10.0
+
+
+class Endpoint:
+    """Opens connections to one address, on the loop; a worker resolves a name."""
+
+    def __init__(self, loop: Loop, workers: Workers, address: Address) -> None:
+        self._loop, self._workers, self.address = loop, workers, address
+        self._opening: dict[Bridge, Connecting | None] = {}  # None: the name comes first
+        self._places = numeric_places(address)
+        self._resolved_until = float("inf") if self._places else 0.0
+        self._is_resolving = False
+
+    def __str__(self) -> str:
+        return str(self.address)
+
+    def connect(self, bridge: Bridge) -> None:
+        """Open a connection for the bridge: call its `connected`, or abort it."""
+        if len(self._opening) >= OPENING_LIMIT:
+            bridge.abort(EndpointError(f"too many connections wait for endpoint {self}"))
+        elif self._loop.now < self._resolved_until:
+            self._start(bridge)
+        else:
+            self._opening[bridge] = None
+            if not self._is_resolving:
+                self._resolve()
+
+    def cancel(self, bridge: Bridge) -> None:
+        """The bridge needs no connection any more; harmless when it has one."""
+        connecting = self._opening.pop(bridge, None)
+        if connecting is not None:
+            connecting.close()
+
+    def _resolve(self) -> None:
+        job = self._workers.submit(
+            self.address, partial(blocking_resolve, self.address), self._resolved
+        )
+        self._is_resolving = job is not None
+        if job is None:
+            self._resolved(None, OSError("no thread can be started to resolve the name"))
+
+    def _resolved(self, places: list[Place] | None, error: Exception | None) -> None:
+        self._is_resolving = False
+        waiting = [bridge for bridge, connecting in self._opening.items() if connecting is None]
+        if places is not None:
+            self._places, self._resolved_until = places, self._loop.now + RESOLVED_S
+        for bridge in waiting:
+            if places is not None:
+                self._start(bridge)
+            else:
+                del self._opening[bridge]
+                bridge.abort(EndpointError(f"can't reach endpoint {self}: {reason(error)}"))
+
+    def _start(self, bridge: Bridge) -> None:
+        done = partial(self._connected, bridge)
+        connecting = Connecting(self._loop, self._places, CONNECT_S, done)
+        self._opening[bridge] = connecting
+        connecting.start()
+
+    def _connected(self, bridge: Bridge, sock: socket.socket | None, error: OSError | None) -> None:
+        self._opening.pop(bridge, None)
+        if sock is not None:
+            bridge.connected(sock)
+        else:
+            bridge.abort(EndpointError(f"can't reach endpoint {self}: {reason(error)}"))
+
+
+def reason(error: Exception | None) -> str:
+    """Return what an error of the system says, in its own words."""
+    return str(getattr(error, "strerror", None) or error or "unknown")
