@@ -85,15 +85,17 @@ class Bridge(Handler):
         tunnel: Tunnel,
         channel: Channel,
         device: str,
-        sock: socket.socket | None = None,
+        arrival: Handler | None = None,
         first: bytes = b"",
     ) -> None:
-        """Bridge `channel` of `tunnel` to `sock`, or to the socket that `connected` will bring.
+        """Bridge `channel` of `tunnel` to a socket: the arrival's, or what `connected` will bring.
 
         `device` is the device's address as text, for the log; `first` is what was
-        read from `sock` already.
+        read from the arrival's socket already.
         """
-        super().__init__(sock)
+        super().__init__()
+        if arrival is not None:
+            tunnel.loop.hand_over(arrival, self)
         self.tunnel, self.channel, self.device = tunnel, channel, device
         channel.receiver = self
         self.state = BridgeState.OPEN
@@ -343,6 +345,8 @@ class Bridge(Handler):
     def _held_changed(self) -> None:
         held = len(self._queue)
         delta, self.held_bytes = held - self.held_bytes, held
+        if not delta:
+            return
         self.tunnel.held_changed(delta)
         channel, bridges = self.channel, self.tunnel.bridges
         if channel.state is ChannelState.ENDED:
@@ -411,8 +415,9 @@ class Bridge(Handler):
         self._fresh = []
         self._queue = bytearray()
         self._held_changed()
-        self.tunnel.bridges.early_bytes -= len(self._first)
-        self._first = b""
+        if self._first:
+            self.tunnel.bridges.early_bytes -= len(self._first)
+            self._first = b""
         self.tunnel.loop.close_socket(self)
         self.tunnel.bridges.all.discard(self)
         self._log_end()

@@ -63,7 +63,7 @@ class Connecting(Handler):
             family, place = self._left[0]
             try:
                 self.sock = socket.socket(family, socket.SOCK_STREAM | _NON_BLOCKING)
-                tune(self.sock, is_remote=_is_remote(place))
+                tune(self.sock, is_remote=_is_remote(place), is_blocking=not _NON_BLOCKING)
                 code = self.sock.connect_ex(place)
             except OSError as failure:
                 code = failure.errno or errno.EIO

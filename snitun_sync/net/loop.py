@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 import logging
 import os
-import selectors
+import select
 import socket
 import time
 from collections import deque
@@ -35,13 +35,16 @@ if TYPE_CHECKING:
             """A defect: `flush` raised `error`."""
 
 
-READ = selectors.EVENT_READ
-WRITE = selectors.EVENT_WRITE
+# poll(2)'s POLLIN and POLLOUT, which are epoll's too.
+READ = 1
+WRITE = 4
 
 BUFFER_BYTES = 256 * 1024
 # A read with less room than this would be wasteful: flush first.
 MIN_ROOM_BYTES = 64 * 1024
 RANDOM_POOL_BYTES = 4096
+# Events looked at in a turn; what is more comes in the next one.
+EVENTS_AT_ONCE = 256
 
 log = logging.getLogger("snitun_sync")
 
@@ -89,10 +92,11 @@ class Loop(Handler):
         "_calls",
         "_cancelled",
         "_dirty",
+        "_handlers",
         "_is_stopping",
+        "_poller",
         "_pool",
         "_pool_at",
-        "_selector",
         "_sequence",
         "_timers",
         "_used",
@@ -105,7 +109,9 @@ class Loop(Handler):
         super().__init__(own)
         self._waker.setblocking(False)
         own.setblocking(False)
-        self._selector = selectors.DefaultSelector()
+        # Not by `selectors`: its objects for each event cost more than the system call.
+        self._poller = select.epoll() if hasattr(select, "epoll") else _Poll()
+        self._handlers: dict[int, Handler] = {}  # by descriptor, those in the poller
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._used = 0  # bytes at the start of the buffer that wait for the flush
         self._timers: list[tuple[float, int, Timer]] = []
@@ -130,13 +136,27 @@ class Loop(Handler):
         if events == before:
             return
         assert handler.sock is not None
+        fd = handler.sock.fileno()
         if not before:
-            self._selector.register(handler.sock, events, handler)
+            self._poller.register(fd, events)
+            self._handlers[fd] = handler
         elif events:
-            self._selector.modify(handler.sock, events, handler)
+            self._poller.modify(fd, events)
         else:
-            self._selector.unregister(handler.sock)
+            del self._handlers[fd]
+            try:
+                self._poller.unregister(fd)
+            except OSError:
+                pass  # the poller itself is broken: the socket must still be closed
         handler.watched = events
+
+    def hand_over(self, old: Handler, new: Handler) -> None:
+        """Give the old handler's socket to the new one, watched as it is."""
+        new.sock, new.watched = old.sock, old.watched
+        old.sock, old.watched = None, 0
+        if new.watched:
+            assert new.sock is not None
+            self._handlers[new.sock.fileno()] = new
 
     def close_socket(self, handler: Handler) -> None:
         """Stop watching the handler's socket and close it; harmless when it has none."""
@@ -233,7 +253,8 @@ class Loop(Handler):
         if self.sock is not None:
             self.close_socket(self)
             self._waker.close()
-            self._selector.close()
+            if hasattr(self._poller, "close"):
+                self._poller.close()
 
     def stop(self) -> None:
         """End `run` after this turn; from any thread."""
@@ -243,15 +264,19 @@ class Loop(Handler):
         self._is_stopping = True
 
     def _turn(self) -> None:
-        timeout: float | None = None
+        timeout = -1.0
         if self._calls:
             timeout = 0.0
         elif self._timers:
             timeout = max(0.0, self._timers[0][0] - time.monotonic())
-        ready = self._selector.select(timeout)
-        self.now = time.monotonic()
-        for key, events in ready:
-            handler: Handler = key.data
+        handlers = self._handlers
+        ready = [
+            (handlers[fd], events) for fd, events in self._poller.poll(timeout, EVENTS_AT_ONCE)
+        ]
+        self.now = now = time.monotonic()
+        for handler, events in ready:
+            if events & ~(READ | WRITE):
+                events = READ | WRITE  # an error or a hang-up: reading or writing tells
             # An earlier handler of this turn may have closed it, or lost interest.
             events &= handler.watched
             if events:
@@ -259,9 +284,13 @@ class Loop(Handler):
                     handler.on_ready(events)
                 except Exception as error:
                     _defect(handler, error)
-        self._run_timers()
-        self.run_calls()
-        self.flush()
+        if self._timers and self._timers[0][0] <= now:
+            self._run_timers()
+        if self._calls:
+            self.run_calls()
+        if self._dirty:
+            self.flush()
+        self._used = 0
 
     def run_calls(self) -> None:
         """Run what `call_soon` has collected; once `run` is over, this is for who owns the loop."""
@@ -297,6 +326,18 @@ class Loop(Handler):
 
     def fail(self, error: Exception) -> None:
         raise error
+
+
+class _Poll:
+    """poll(2) with the methods of select.epoll, for systems without that."""
+
+    def __init__(self) -> None:
+        poller = select.poll()
+        self.register, self.modify = poller.register, poller.modify
+        self.unregister, self._poll = poller.unregister, poller.poll
+
+    def poll(self, timeout_s: float, limit: int) -> list[tuple[int, int]]:
+        return self._poll(timeout_s * 1000 if timeout_s >= 0 else None)[:limit]
 
 
 def _defect(owner: object, error: Exception) -> None:

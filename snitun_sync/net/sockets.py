@@ -26,13 +26,14 @@ KEEPALIVE_INTERVAL_S = 15
 KEEPALIVE_PROBES = 4
 
 
-def tune(sock: socket.socket, *, is_remote: bool = True) -> None:
+def tune(sock: socket.socket, *, is_remote: bool = True, is_blocking: bool = True) -> None:
     """Prepare a socket for the loop: non-blocking, no Nagle, TCP keepalive.
 
     Connections accepted from a socket that listens have its options. The other end of
     one that isn't `is_remote` can't vanish without a word: it needs no keepalive.
     """
-    sock.setblocking(False)
+    if is_blocking:
+        sock.setblocking(False)
     if sock.family == socket.AF_UNIX:
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -271,29 +271,28 @@ class Tunnel(Handler):
             return
         sent = 0
         if not self._queue:
+            size = sum(map(len, pieces))
             try:
-                sent = self._send_pieces(self.sock, pieces)
+                if size <= JOIN_BYTES:
+                    sent = self.sock.send(b"".join(pieces))
+                else:
+                    sent = self.sock.sendmsg(pieces[:IOV_MAX])
+            except BlockingIOError:
+                pass
             except OSError as error:
                 # Not at once: the caller may be in the middle of something.
                 self.loop.call_soon(self.end, self._link_error(error))
                 return
             if sent:
                 self._sent_at = self.loop.now
+            if sent == size:
+                return
         for piece in pieces:
             if sent >= len(piece):
                 sent -= len(piece)
             else:
                 self._queue += piece[sent:] if sent else piece
                 sent = 0
-
-    @staticmethod
-    def _send_pieces(sock: socket.socket, pieces: Sequence[Buffer]) -> int:
-        try:
-            if sum(map(len, pieces)) <= JOIN_BYTES:
-                return sock.send(b"".join(pieces))
-            return sock.sendmsg(pieces[:IOV_MAX])
-        except BlockingIOError:
-            return 0
 
     def _write_ready(self) -> None:
         assert self.sock is not None
@@ -361,9 +360,9 @@ class Tunnel(Handler):
                 raise ViolationError("too many frames before the answer to the first PING")
         except (AuthenticationError, ViolationError) as error:
             failure = error
-        for bridge in self._fresh:
+        fresh, self._fresh = self._fresh, []
+        for bridge in fresh:
             bridge.deliver()
-        self._fresh.clear()
         if failure is not None:
             self.end(failure)
             return

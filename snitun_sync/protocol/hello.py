@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+from struct import Struct
+
 from ..errors import HelloError
 from .names import normal_hostname
 
@@ -21,6 +23,9 @@ SERVER_NAME = 0
 HOST_NAME = 0
 MAX_FRAGMENT = 16384
 MAX_HELLO = 65536  # bytes on the wire, record headers included
+
+# | type, 2 | length, 2 |
+EXTENSION = Struct(">HH")
 
 # Alerts (RFC 8446 §6): | type 21 | version, 2 | length, 2 | fatal | description |
 ALERT_UNRECOGNIZED_NAME = b"\x15\x03\x03\x00\x02\x02\x70"
@@ -88,12 +93,17 @@ def _server_name(body: bytes) -> str:
     extensions, at = _vector(body, at, 2, "extensions")
     if at != len(body):
         raise HelloError(f"{len(body) - at} bytes behind the ClientHello's extensions")
-    hostname, at = "", 0
-    while at < len(extensions):
-        kind = int.from_bytes(extensions[at : at + 2], "big")
-        data, at = _vector(extensions, at + 2, 2, "extension")
+    hostname, at, end = "", 0, len(extensions)
+    while at < end:
+        # Written out: there are some 15 of them in front of each connection.
+        if at + 4 > end:
+            raise HelloError(f"an extension has {end - at} bytes, expected at least 4")
+        kind, size = EXTENSION.unpack_from(extensions, at)
+        at += 4 + size
         if kind == SERVER_NAME and not hostname:
-            hostname = _host_name(data)
+            hostname = _host_name(_vector(extensions, at - size - 2, 2, "extension")[0])
+    if at > end:
+        raise HelloError(f"extension ends at {at}, but what holds it has {end} bytes")
     return hostname
 
 

@@ -397,20 +397,20 @@ class Mux:
                 at += missing
             plaintext = self._cipher.open(unit)
             if self._collecting_new is None:
-                self._header_received(plaintext)
+                channel_id, flow, self._left, extra = HEADER.unpack(plaintext)
+                if flow == DATA:
+                    self._current = self.channels.get(channel_id)
+                else:
+                    self._current = None
+                    self._control_received(flow, channel_id, self._left, extra)
             else:
                 channel_id, self._collecting_new = self._collecting_new, None
                 self._unit_size = HEADER_SIZE + self._cipher.overhead
                 self._new_received(channel_id, unpack_address(plaintext))
 
-    def _header_received(self, header: bytes) -> None:
-        channel_id, flow, size, extra = HEADER.unpack(header)
+    def _control_received(self, flow: int, channel_id: bytes, size: int, extra: bytes) -> None:
         channel = self.channels.get(channel_id)
-        self._left = size
-        self._current = None
-        if flow == DATA:
-            self._current = channel
-        elif flow == NEW:
+        if flow == NEW:
             self._new_header_received(channel_id, size, extra)
         elif flow in (PING, PING_OLD):
             self._ping_received(channel_id, extra)

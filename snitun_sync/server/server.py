@@ -135,7 +135,8 @@ class Server(Service):
         tunnel = registration.tunnel
         first = arrival.received
         channel = tunnel.mux.open(pack_ip(arrival.host))
-        Bridge(tunnel, channel, str(arrival), arrival.release(), first)
+        Bridge(tunnel, channel, str(arrival), arrival, first)
+        arrival.close()
 
     # --- clients -------------------------------------------------------------------
 
