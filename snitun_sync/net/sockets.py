@@ -56,18 +56,19 @@ def limit_unsent(sock: socket.socket, size: int) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, option, size)
 
 
-def path_bytes(sock: socket.socket) -> int:
-    """Return how many bytes the network path holds: its rate × its least round trip (Linux).
+def path_rate(sock: socket.socket) -> tuple[int, int]:
+    """Return the rate at which the network delivers, and the bytes that its path holds (Linux).
 
-    0 where that isn't known.
+    The first is in bytes a second, the second is that × the least round trip. (0, 0) where
+    they aren't known.
     """
     if not hasattr(socket, "TCP_INFO"):
-        return 0
+        return 0, 0
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
     if len(info) < _TCP_INFO.size:
-        return 0
+        return 0, 0
     round_trip_us, rate = _TCP_INFO.unpack(info)
-    return int(rate * round_trip_us // 1_000_000)
+    return rate, rate * round_trip_us // 1_000_000
 
 
 def unacknowledged_bytes(sock: socket.socket) -> int:

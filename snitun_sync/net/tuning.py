@@ -29,15 +29,26 @@ EARLY_READ_BYTES = 16 * 1024
 
 # --- sending --------------------------------------------------------------------
 
-# One channel's turn, and so the largest frame, while the tunnel is busy.
+# What can't be overtaken any more is counted in time: a busy tunnel fits the three sizes
+# below to the rate at which the kernel says that it delivers, between these bounds.
+MEASURE_S = 0.02
+# One channel's turn, and so the largest frame.
+TURN_S = 0.002
+LEAST_TURN_BYTES = 4 * 1024
+# Version 0: published peers count what they hold for a channel in frames, at most 8,000.
+LEAST_VERSION_0_TURN_BYTES = 64 * 1024
 TURN_BYTES = 128 * 1024
 # The same where the session master throttles the tunnel's DATA frames.
 THROTTLED_TURN_BYTES = 64 * 1024
+# What the kernel may hold and not have sent.
+UNSENT_S = 0.01
+LEAST_UNSENT_BYTES = 16 * 1024
+UNSENT_BYTES = 512 * 1024
 # DATA on its way in a tunnel, sent and not yet read over there: what a peer must be ready
 # to hold when its sockets stall. More only where the path itself holds more.
-IN_FLIGHT_BYTES = 1024 * 1024
-# Of that, what the kernel may hold and not have sent: what can't be overtaken any more.
-UNSENT_BYTES = 128 * 1024
+IN_FLIGHT_S = 0.02
+LEAST_IN_FLIGHT_BYTES = 1024 * 1024
+IN_FLIGHT_BYTES = 1536 * 1024
 # Turns taken before the loop looks at other sockets.
 TURNS_AT_ONCE = 16
 # Below this, joining the pieces and one send is cheaper than sendmsg.

@@ -40,7 +40,7 @@ from ..protocol.frame import (
 from ..protocol.mux import Mux
 from .bridge import Bridge
 from .loop import READ, WRITE, Handler
-from .sockets import host_text, limit_unsent, path_bytes, unpack_ip
+from .sockets import host_text, limit_unsent, path_rate, unpack_ip
 from .tuning import (
     ANSWER_S,
     CHANNEL_IDLE_S,
@@ -48,9 +48,15 @@ from .tuning import (
     GOAWAY_S,
     HANDSHAKE_S,
     IN_FLIGHT_BYTES,
+    IN_FLIGHT_S,
     IOV_MAX,
     JOIN_BYTES,
     KEEPALIVE_S,
+    LEAST_IN_FLIGHT_BYTES,
+    LEAST_TURN_BYTES,
+    LEAST_UNSENT_BYTES,
+    LEAST_VERSION_0_TURN_BYTES,
+    MEASURE_S,
     OUTPUT_LIMIT_BYTES,
     PONG_S,
     PROVING_FRAMES,
@@ -58,8 +64,10 @@ from .tuning import (
     SUSPEND_S,
     THROTTLED_TURN_BYTES,
     TURN_BYTES,
+    TURN_S,
     TURNS_AT_ONCE,
     UNSENT_BYTES,
+    UNSENT_S,
 )
 
 TYPE_CHECKING = False
@@ -114,6 +122,7 @@ class Tunnel(Handler):
         "_in_flight_limit",
         "_interval_s",
         "_is_dirty",
+        "_measure_at",
         "_next_frame_at",
         "_owner",
         "_ping_id",
@@ -123,6 +132,7 @@ class Tunnel(Handler):
         "_suspension",
         "_throttle_timer",
         "_timer",
+        "_unsent_limit",
         "bridges",
         "error",
         "held_bytes",
@@ -167,13 +177,15 @@ class Tunnel(Handler):
         self._fresh: list[Bridge] = []
         self._is_dirty = False
         self._interval_s = 1 / throttling if throttling else 0.0
-        self.turn_bytes = THROTTLED_TURN_BYTES if throttling else TURN_BYTES
+        self.turn_bytes = THROTTLED_TURN_BYTES
         """The most that a channel may send in its turn."""
         self._next_frame_at = 0.0
         self._throttle_timer: Timer | None = None
         self._suspension: Timer | None = None  # while the tunnel isn't read
-        self._in_flight_limit = IN_FLIGHT_BYTES
-        limit_unsent(sock, UNSENT_BYTES)
+        self._in_flight_limit = LEAST_IN_FLIGHT_BYTES
+        self._unsent_limit = LEAST_UNSENT_BYTES
+        self._measure_at = 0.0
+        limit_unsent(sock, LEAST_UNSENT_BYTES)
         self.started_at = self._received_at = self._sent_at = loop.now
         self._ping_id = b""
         self._asked_at: float | None = None  # when the PING was sent whose pong is awaited
@@ -247,9 +259,28 @@ class Tunnel(Handler):
     def wait_for_turn(self, channel: Channel, *, is_new: bool) -> None:
         """Call the channel's `take_turn` when the tunnel has room and others have had theirs."""
         self.mux.wait_for_turn(channel, is_new=is_new)
-        if self.mux.unconfirmed_bytes >= self._in_flight_limit and self.sock is not None:
-            self._in_flight_limit = max(IN_FLIGHT_BYTES, 2 * path_bytes(self.sock))
+        if self.loop.now >= self._measure_at:
+            self._measure()
         self._update()
+
+    def _measure(self) -> None:
+        """The tunnel is busy: fit turns and what is on its way to the rate of its path."""
+        if self.sock is None:
+            return
+        self._measure_at = self.loop.now + MEASURE_S
+        rate, path_bytes = path_rate(self.sock)
+        if not rate:
+            return
+        if not self._interval_s:
+            least = LEAST_TURN_BYTES if self.mux.version else LEAST_VERSION_0_TURN_BYTES
+            self.turn_bytes = min(max(int(rate * TURN_S), least), TURN_BYTES)
+        in_flight = min(max(int(rate * IN_FLIGHT_S), LEAST_IN_FLIGHT_BYTES), IN_FLIGHT_BYTES)
+        self._in_flight_limit = max(in_flight, 2 * path_bytes)
+        self.mux.confirm_each(self._in_flight_limit // 4)
+        unsent = min(max(int(rate * UNSENT_S), LEAST_UNSENT_BYTES), UNSENT_BYTES)
+        if not self._unsent_limit // 2 <= unsent <= self._unsent_limit:
+            limit_unsent(self.sock, unsent)
+            self._unsent_limit = unsent
 
     def output_ready(self) -> None:
         if not self._is_dirty:

@@ -99,7 +99,7 @@ FENCE_BYTES = 2 * 1024 * 1024
 # over there, and one pong can overtake it (seen in 6 of 2,000 downloads of 64 MiB).
 FENCE_ROUNDS = 2
 # After this much DATA a PING follows; any pong confirms that all before its PING was read.
-CONFIRM_BYTES = 256 * 1024
+CONFIRM_BYTES = 256 * 1024  # to begin with
 # After so much from channels that have just become ready, another one gets its turn.
 OLD_TURN_BYTES = 128 * 1024
 
@@ -148,6 +148,7 @@ class Mux:
     __slots__ = (
         "_cipher",
         "_collecting_new",
+        "_confirm_bytes",
         "_confirms",
         "_current",
         "_events",
@@ -200,6 +201,7 @@ class Mux:
         self._fences: dict[bytes, Channel] = {}
         self.unconfirmed_bytes = 0
         """DATA that was sent and, as far as is known, not read by the peer yet."""
+        self._confirm_bytes = CONFIRM_BYTES
         self._unpinged_bytes = 0  # the part of it behind the last PING
         self._confirms: dict[bytes, int] = {}  # PINGs, in order, and the bytes before each
         self._turn_is_new = False
@@ -242,7 +244,7 @@ class Mux:
             self._events.output_ready()
         if self._turn_is_new:
             self._new_bytes += size
-        if self._unpinged_bytes >= CONFIRM_BYTES:
+        if self._unpinged_bytes >= self._confirm_bytes:
             self.ping()
 
     def close(self, channel: Channel) -> None:
@@ -275,6 +277,12 @@ class Mux:
         self._confirms[ping_id], self._unpinged_bytes = self._unpinged_bytes, 0
         self._queue(PING, ping_id, extra)
         return ping_id
+
+    def confirm_each(self, size: int) -> None:
+        """Ask with a PING after each `size` bytes of DATA whether they were read."""
+        self._confirm_bytes = size
+        if self._unpinged_bytes >= size:
+            self.ping()
 
     def go_away(self, reason: bytes, address: bytes = bytes(16)) -> None:
         """Queue the relay's last frame, why it ends the tunnel, for a client that knows it."""

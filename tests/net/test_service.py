@@ -97,7 +97,7 @@ def test_the_loop_s_own_defect_is_an_error() -> None:
     with pytest.raises(SniTunError, match="a defect"):
         with Probe() as probe:
             wait_until(lambda: probe.has_begun)
-            os.close(probe.loop._poller.fileno())
+            os.close(probe.loop._poller.fileno())  # type: ignore[union-attr]
             probe.loop.call_soon_threadsafe(lambda: None)
             probe.wait(10)
 

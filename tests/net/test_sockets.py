@@ -13,7 +13,7 @@ from snitun_sync.net.sockets import (
     limit_unsent,
     listen,
     pack_ip,
-    path_bytes,
+    path_rate,
     unpack_ip,
 )
 from snitun_sync.protocol.names import Address
@@ -28,7 +28,7 @@ def test_connect_to_what_listens(host: str) -> None:
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         limit_unsent(sock, 4096)
-        assert path_bytes(sock) >= 0
+        assert len(path_rate(sock)) == 2
     for sock in sockets:
         sock.close()
 
@@ -60,7 +60,7 @@ def test_a_busy_port_leaves_nothing_open() -> None:
         listen(Address("127.0.0.1", busy.getsockname()[1]))
 
 
-def test_path_bytes_grow_with_the_rate() -> None:
+def test_the_rate_of_a_path_and_what_it_holds() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     with socket.create_connection(listener.getsockname()) as sock, listener.accept()[0] as other:
         for _ in range(200):
@@ -68,7 +68,9 @@ def test_path_bytes_grow_with_the_rate() -> None:
             taken = 0
             while taken < 60_000:
                 taken += len(other.recv(65536))
-        assert 0 < path_bytes(sock) < 100 * 2**20
+        rate, path_bytes = path_rate(sock)
+        assert rate > 2**20
+        assert 0 < path_bytes < 100 * 2**20
     listener.close()
 
 

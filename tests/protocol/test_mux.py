@@ -578,6 +578,20 @@ def test_pongs_confirm_what_was_read() -> None:
     assert not mux._confirms
 
 
+def test_asking_more_often_asks_at_once_for_what_waits() -> None:
+    """It may be more than the new limit lets be on its way: nothing would be sent, and no PING."""
+    pair = Pair()
+    relay, _ = pair.open()
+    mux = pair.relay.mux
+    mux.confirm_each(1000)
+    mux.send(relay.channel, bytes(999))
+    pair.exchange()
+    assert mux.unconfirmed_bytes == 999
+    mux.confirm_each(500)
+    pair.exchange()
+    assert mux.unconfirmed_bytes == 0
+
+
 def test_a_pong_confirms_all_before_its_ping() -> None:
     """A pong that was lost, or comes in another order, never stops the tunnel."""
     pair = Pair()

@@ -471,8 +471,8 @@ def test_first_bytes_wait_for_their_turn(
 ) -> None:
     """A client that doesn't read never makes the relay queue what devices begin with."""
     hello = client_hello() + bytes(12_000)
-    monkeypatch.setattr(tunnel_module, "IN_FLIGHT_BYTES", 300_000)
-    monkeypatch.setattr(tunnel_module, "path_bytes", lambda sock: 0)
+    monkeypatch.setattr(tunnel_module, "LEAST_IN_FLIGHT_BYTES", 300_000)
+    monkeypatch.setattr(tunnel_module, "path_rate", lambda sock: (0, 0))
     with raw_client(credentials, server.ports[0]) as raw, contextlib.ExitStack() as stack:
         for _ in range(100):
             stack.enter_context(connect(server, hello))
