@@ -6,6 +6,7 @@ Exit codes are those of sysexits.h; a program that was stopped by a signal ends 
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import re
@@ -59,6 +60,9 @@ MAX_SECRET_BYTES = 65536
 PERIOD_S = 10.0
 WARNINGS_PER_PERIOD = 20  # of a kind
 SHORTEST_SECRET = 16
+# Objects allocated before the collector looks for cycles among the young ones: connections
+# come and go without leaving any.
+COLLECT_AFTER = 10_000
 # Tokens, tickets as a line or as JSON, Fernet keys and keys in hex, wherever they stand by
 # mistake; not what is part of a path.
 _SECRET = re.compile(
@@ -257,6 +261,10 @@ def run_service(make: Callable[[], Service]) -> None:
     Raises the SniTunError that ended it.
     """
     service = make()
+    # What is there now stays: the collector need never look at it again.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(COLLECT_AFTER)
 
     def stop(number: int, frame: object) -> None:
         service.stop()

@@ -17,6 +17,7 @@ from ..errors import (
     UnreachableError,
 )
 from ..net.bridge import Bridge, BridgeState
+from ..net.loop import Handler
 from ..net.service import Service
 from ..net.sockets import blocking_connect, unpack_ip
 from ..net.tuning import CLIENT_BUDGET_BYTES, CONNECT_S
@@ -129,7 +130,7 @@ class Client(Service):
         self.tunnel = Tunnel(
             self.loop,
             self.bridges,
-            sock,
+            Handler(sock),
             cipher,
             ClientHandshake(cipher, self.aes, self.ticket.token),
             self.ticket.protocol_version,

@@ -420,6 +420,7 @@ class Bridge(Handler):
             self._first = b""
         self.tunnel.loop.close_socket(self)
         self.tunnel.bridges.all.discard(self)
+        self.channel.receiver = None  # no cycle is left for the collector
         self._log_end()
         self.tunnel.channel_closed(self)
 

@@ -149,7 +149,7 @@ class Tunnel(Handler):
         self,
         loop: Loop,
         bridges: Bridges,
-        sock: socket.socket,
+        arrival: Handler,
         cipher: UnitCipher,
         handshake: Handshake,
         version: int,
@@ -159,12 +159,14 @@ class Tunnel(Handler):
         peer: str,
         throttling: int | None = None,
     ) -> None:
-        """Start the handshake on the connected, non-blocking `sock`, which is the tunnel's now.
+        """Start the handshake on the socket of `arrival`, which is the tunnel's now.
 
+        The socket is connected and tuned, and maybe watched already.
         `peer` is the other side's address as text, `throttling` the most DATA frames
         to send in a second.
         """
-        super().__init__(sock)
+        super().__init__()
+        loop.hand_over(arrival, self)
         self.loop, self.bridges, self._owner = loop, bridges, owner
         self.is_relay, self.peer = is_relay, peer
         self.mux = Mux(cipher, version, self, is_relay=is_relay, random=loop.random)
@@ -185,7 +187,8 @@ class Tunnel(Handler):
         self._in_flight_limit = LEAST_IN_FLIGHT_BYTES
         self._unsent_limit = LEAST_UNSENT_BYTES
         self._measure_at = 0.0
-        limit_unsent(sock, LEAST_UNSENT_BYTES)
+        if self.sock is not None:
+            limit_unsent(self.sock, LEAST_UNSENT_BYTES)
         self.started_at = self._received_at = self._sent_at = loop.now
         self._ping_id = b""
         self._asked_at: float | None = None  # when the PING was sent whose pong is awaited

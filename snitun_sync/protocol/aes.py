@@ -16,7 +16,6 @@ from ..errors import AuthenticationError, ConfigurationError, MisuseError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
     Transform = Callable[[bytes], bytes]
     """Encrypts or decrypts the next whole blocks of one CBC stream."""
@@ -75,17 +74,15 @@ class _Pycryptodome(Aes):
             pass  # not this version's insides
 
     def cbc_encryptor(self, key: bytes, iv: bytes) -> Transform:
-        cipher = self._aes.new(key, self._aes.MODE_CBC, iv)
         if self._direct is not None:
-            return self._direct.transform(cipher, is_encrypting=True)
-        encrypt: Transform = cipher.encrypt
+            return self._direct.transform(key, iv, is_encrypting=True)
+        encrypt: Transform = self._aes.new(key, self._aes.MODE_CBC, iv).encrypt
         return encrypt
 
     def cbc_decryptor(self, key: bytes, iv: bytes) -> Transform:
-        cipher = self._aes.new(key, self._aes.MODE_CBC, iv)
         if self._direct is not None:
-            return self._direct.transform(cipher, is_encrypting=False)
-        decrypt: Transform = cipher.decrypt
+            return self._direct.transform(key, iv, is_encrypting=False)
+        decrypt: Transform = self._aes.new(key, self._aes.MODE_CBC, iv).decrypt
         return decrypt
 
     def gcm(self, key: bytes) -> tuple[Aead, Aead]:
@@ -118,7 +115,7 @@ class _Pycryptodome(Aes):
 
 
 class _DirectCbc:
-    """Calls pycryptodome's C functions as its own Python code does, which takes 2 µs more a call.
+    """Calls pycryptodome's C functions as its own Python code does, in a quarter of the time.
 
     They are no public interface: `is_right` tries them out, on data as it comes.
     """
@@ -127,6 +124,7 @@ class _DirectCbc:
         import ctypes  # noqa: PLC0415  loaded already, if this is how pycryptodome calls C
 
         cbc = import_module(aes.__name__.replace("AES", "_mode_cbc"))
+        self._new, self._mode = aes.new, aes.MODE_CBC
         # Without letting other threads run meanwhile: it is over sooner than they would start.
         library = ctypes.PyDLL(cbc.raw_cbc_lib._name)
         self._functions = (library.CBC_decrypt, library.CBC_encrypt)
@@ -139,10 +137,10 @@ class _DirectCbc:
                 ctypes.c_size_t,
             )
 
-    def transform(self, cipher: Any, *, is_encrypting: bool) -> Transform:
-        """Return `cipher.encrypt` or `cipher.decrypt` for whole blocks."""
+    def transform(self, key: bytes, iv: bytes, *, is_encrypting: bool) -> Transform:
+        """Return one end of a CBC stream."""
         function, char = self._functions[is_encrypting], self._char
-        pointer = cipher._state
+        pointer = self._new(key, self._mode, iv)._state
         state = pointer.get()
 
         def call(data: bytes, _owner: object = pointer) -> bytes:
@@ -158,13 +156,11 @@ class _DirectCbc:
         """Tell whether it does the same as pycryptodome."""
         key, data = bytes(range(32)), bytes(range(96))
 
-        def new() -> Any:
-            return aes.new(key, aes.MODE_CBC, key[:16])
-
-        encrypt = self.transform(new(), is_encrypting=True)
-        decrypt = self.transform(new(), is_encrypting=False)
+        encrypt = self.transform(key, key[:16], is_encrypting=True)
+        decrypt = self.transform(key, key[:16], is_encrypting=False)
         sealed = encrypt(data[:32]) + encrypt(data[32:])
-        return sealed == new().encrypt(data) and decrypt(sealed[:64]) + decrypt(sealed[64:]) == data
+        expected = aes.new(key, aes.MODE_CBC, key[:16]).encrypt(data)
+        return bool(sealed == expected and decrypt(sealed[:64]) + decrypt(sealed[64:]) == data)
 
 
 class _Cryptography(Aes):

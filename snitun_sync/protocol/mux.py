@@ -142,6 +142,10 @@ class Channel:
         self.sent_bytes = self.received_bytes = 0
 
 
+# A tunnel that never was busy has no lines: 1.2 KiB less.
+_NO_TURNS: deque[Channel] = deque()
+
+
 class Mux:
     """The channels of one tunnel; see the head of this file."""
 
@@ -206,8 +210,7 @@ class Mux:
         self._confirms: dict[bytes, int] = {}  # PINGs, in order, and the bytes before each
         self._turn_is_new = False
         self._new_bytes = 0  # sent by new turns since the last old one
-        self._new_turns: deque[Channel] = deque()
-        self._old_turns: deque[Channel] = deque()
+        self._new_turns = self._old_turns = _NO_TURNS
 
     # --- sending ---------------------------------------------------------------
 
@@ -353,6 +356,8 @@ class Mux:
         """
         if not channel.waits_for_turn:
             channel.waits_for_turn = True
+            if self._new_turns is _NO_TURNS:
+                self._new_turns, self._old_turns = deque(), deque()
             (self._new_turns if is_new else self._old_turns).append(channel)
 
     def next_turn(self) -> Channel | None:

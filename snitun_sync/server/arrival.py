@@ -80,7 +80,7 @@ class Listener(Handler):
 
 
 class Arrival(Handler):
-    """A connection of which nothing is known yet; it owns its socket until `release`."""
+    """A connection of which nothing is known yet; it owns its socket until `Loop.hand_over`."""
 
     __slots__ = (
         "_deadline",
@@ -119,15 +119,6 @@ class Arrival(Handler):
     def received(self) -> bytes:
         """What a device has sent so far: its ClientHello and maybe more."""
         return bytes(self._hello.received) if self._hello is not None else b""
-
-    def release(self) -> socket.socket:
-        """Hand the socket over to whoever serves the connection from now on."""
-        assert self.sock is not None
-        sock = self.sock
-        self._loop.watch(self, 0)
-        self.sock = None
-        self.close()
-        return sock
 
     def refuse(self, alert: bytes) -> None:
         """Send a TLS alert, and close once the device has seen it."""

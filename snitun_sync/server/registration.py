@@ -47,10 +47,22 @@ REFUSALS = (RefusedError, AuthenticationError, ViolationError)
 class Registration:
     """One client at the relay: its tunnel and the names that lead to it."""
 
+    __slots__ = (
+        "_expiry",
+        "_grace",
+        "_server",
+        "_successor",
+        "host",
+        "names",
+        "payload",
+        "port",
+        "tunnel",
+    )
+
     def __init__(
         self, server: Server, arrival: Arrival, payload: Payload, cipher: UnitCipher
     ) -> None:
-        """Challenge the client; `arrival` hands its socket over."""
+        """Challenge the client; `arrival` gives its socket away."""
         self._server = server
         self.payload = payload
         self.names: set[str] = set()
@@ -58,7 +70,7 @@ class Registration:
         self.tunnel = Tunnel(
             server.loop,
             server.bridges,
-            arrival.release(),
+            arrival,
             cipher,
             RelayHandshake(cipher, server.aes, os.urandom),
             payload.protocol_version,
@@ -66,6 +78,7 @@ class Registration:
             is_relay=True,
             peer=host_text(self.host, self.port),
         )
+        arrival.close()
         self._expiry: Timer | None = None
         self._successor: Registration | None = None
         self._grace: Timer | None = None
