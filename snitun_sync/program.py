@@ -139,6 +139,10 @@ def set_up_logging(level: str) -> None:
         level=level.upper(),
         format="%(message)s" if under_journald else "%(asctime)s %(levelname)s %(message)s",
     )
+    # No line says which code or thread it comes from: a tenth of its cost (see "Optimization"
+    # in Python's Logging HOWTO).
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     for handler in logging.getLogger().handlers:
         handler.addFilter(LogFilter())
 

@@ -23,7 +23,7 @@ from tools import environment
 from tools.environment import PROJECT
 
 # With published releases and other people's programs, and under load: one after the other.
-REST = ("tests/interop", "tests/test_real_users.py", "tests/test_load.py")
+REST = ("tests/interop", "tests/test_real_users.py", "tests/test_load.py", "tests/test_bench.py")
 # The package itself. Its tests mostly wait, so several run at once.
 CORE = ("-n", "4", "tests", *(f"--ignore={path}" for path in REST))
 OTHER_PYTHONS: tuple[tuple[str, tuple[str, ...]], ...] = (("3.9", ()), ("3.13", ("-OO",)))

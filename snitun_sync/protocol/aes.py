@@ -11,7 +11,8 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-from ..errors import AuthenticationError, ConfigurationError, MisuseError
+from ..errors import AuthenticationError, ConfigurationError
+from .direct_cbc import direct_cbc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -65,23 +66,17 @@ class _Pycryptodome(Aes):
     def __init__(self, *, may_use_other: bool) -> None:
         self._aes, self._sha256 = _import_pycryptodome()
         self._may_use_other = may_use_other
-        self._direct: _DirectCbc | None = None
-        try:
-            direct = _DirectCbc(self._aes)
-            if direct.is_right(self._aes):
-                self._direct = direct
-        except (ImportError, AttributeError, TypeError, OSError):
-            pass  # not this version's insides
+        self._direct = direct_cbc(self._aes)
 
     def cbc_encryptor(self, key: bytes, iv: bytes) -> Transform:
         if self._direct is not None:
-            return self._direct.transform(key, iv, is_encrypting=True)
+            return self._direct.stream(key, iv, is_encrypting=True)
         encrypt: Transform = self._aes.new(key, self._aes.MODE_CBC, iv).encrypt
         return encrypt
 
     def cbc_decryptor(self, key: bytes, iv: bytes) -> Transform:
         if self._direct is not None:
-            return self._direct.transform(key, iv, is_encrypting=False)
+            return self._direct.stream(key, iv, is_encrypting=False)
         decrypt: Transform = self._aes.new(key, self._aes.MODE_CBC, iv).decrypt
         return decrypt
 
@@ -111,56 +106,10 @@ class _Pycryptodome(Aes):
         raise _no_gcm_siv("pycryptodome doesn't have it")
 
     def sha256(self, data: bytes) -> bytes:
+        hashlib = sys.modules.get("hashlib")  # where it is loaded, as in the relay, it is faster
+        if hashlib is not None:
+            return bytes(hashlib.sha256(data).digest())
         return bytes(self._sha256.new(data).digest())
-
-
-class _DirectCbc:
-    """Calls pycryptodome's C functions as its own Python code does, in a quarter of the time.
-
-    They are no public interface: `is_right` tries them out, on data as it comes.
-    """
-
-    def __init__(self, aes: ModuleType) -> None:
-        import ctypes  # noqa: PLC0415  loaded already, if this is how pycryptodome calls C
-
-        cbc = import_module(aes.__name__.replace("AES", "_mode_cbc"))
-        self._new, self._mode = aes.new, aes.MODE_CBC
-        # Without letting other threads run meanwhile: it is over sooner than they would start.
-        library = ctypes.PyDLL(cbc.raw_cbc_lib._name)
-        self._functions = (library.CBC_decrypt, library.CBC_encrypt)
-        self._char = ctypes.c_char
-        for function in self._functions:
-            function.argtypes = (
-                ctypes.c_void_p,
-                ctypes.c_char_p,
-                ctypes.c_char_p,
-                ctypes.c_size_t,
-            )
-
-    def transform(self, key: bytes, iv: bytes, *, is_encrypting: bool) -> Transform:
-        """Return one end of a CBC stream."""
-        function, char = self._functions[is_encrypting], self._char
-        pointer = self._new(key, self._mode, iv)._state
-        state = pointer.get()
-
-        def call(data: bytes, _owner: object = pointer) -> bytes:
-            size = len(data)
-            buffer = (char * size)()
-            if function(state, data, buffer, size):
-                raise MisuseError(f"AES-CBC takes whole blocks, not {size} bytes")
-            return buffer.raw
-
-        return call
-
-    def is_right(self, aes: ModuleType) -> bool:
-        """Tell whether it does the same as pycryptodome."""
-        key, data = bytes(range(32)), bytes(range(96))
-
-        encrypt = self.transform(key, key[:16], is_encrypting=True)
-        decrypt = self.transform(key, key[:16], is_encrypting=False)
-        sealed = encrypt(data[:32]) + encrypt(data[32:])
-        expected = aes.new(key, aes.MODE_CBC, key[:16]).encrypt(data)
-        return bool(sealed == expected and decrypt(sealed[:64]) + decrypt(sealed[64:]) == data)
 
 
 class _Cryptography(Aes):
