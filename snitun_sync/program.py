@@ -92,6 +92,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {masked(message)}; see {self.prog} --help\n")
 
+    def add_network(self) -> None:
+        """Add the options of programs that have tunnels."""
+        self.add_argument(
+            "--congestion-control",
+            metavar="NAME",
+            default="",
+            help="how the kernel paces what is sent, such as bbr: small exchanges wait less behind "
+            "large ones on a slow line (default: the system's)",
+        )
+
     def add_common(self) -> None:
         """Add the options that all programs have."""
         self.add_argument(

@@ -139,6 +139,11 @@ def test_client_errors(tmp_path: Path, credentials: Credentials) -> None:
             64,
             "--crypto: 'x'; expected pycryptodome or",
         ),
+        (
+            ["--token-file", ticket_file, "--congestion-control", "tachyon"],
+            64,
+            "--congestion-control: 'tachyon': No such file.*; expected one of .*reno",
+        ),
         (["--token", ""], 78, "--token: no ticket.*found nothing"),
         (["--token", "x"], 78, "--token: no ticket.*found 1 characters"),
         (["--token-file", ticket_file, "--server", token], 64, r"no host name in \d+ characters"),
@@ -241,6 +246,11 @@ def test_server_errors(tmp_path: Path, credentials: Credentials) -> None:
                 "can't listen on relay",
             ),
             (["--fernet-key-file", keys, "--listen", "a..b:1"], 64, "--listen: no host name in"),
+            (
+                ["--fernet-key-file", keys, "--congestion-control", "x"],
+                64,
+                "congestion-control: 'x'",
+            ),
         ]
         for arguments, code, said in cases:
             result = run("server", *arguments)

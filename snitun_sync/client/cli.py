@@ -79,6 +79,7 @@ def parser() -> Parser:
     bare.add_argument("--aes-iv-file", metavar="FILE", help="16 bytes in hex")
     bare.add_argument("--protocol-version", metavar="N", type=int, choices=(0, 1, 2))
     bare.add_argument("--cipher", choices=CIPHERS, metavar="NAME", help=", ".join(CIPHERS))
+    options.add_network()
     options.add_common()
     return options
 
@@ -168,6 +169,7 @@ def run(arguments: Sequence[str]) -> None:
             once=options.once,
             budget_bytes=CLIENT_BUDGET_BYTES,
             crypto=crypto(options.crypto),
+            congestion_control=options.congestion_control,
         )
     )
 

@@ -19,7 +19,7 @@ from ..errors import (
 from ..net.bridge import Bridge, BridgeState
 from ..net.loop import Handler
 from ..net.service import Service
-from ..net.sockets import blocking_connect, unpack_ip
+from ..net.sockets import blocking_connect, set_congestion_control, unpack_ip
 from ..net.tuning import CLIENT_BUDGET_BYTES, CONNECT_S
 from ..net.tunnel import Tunnel, TunnelState
 from ..net.workers import Workers
@@ -65,10 +65,12 @@ class Client(Service):
         once: bool = False,
         budget_bytes: int = CLIENT_BUDGET_BYTES,
         crypto: str = "",
+        congestion_control: str = "",
     ) -> None:
         """Serve `endpoint` (HOST:PORT, [IPV6]:PORT or unix:/PATH) with a ticket, parsed or as text.
 
-        `server` overrides the ticket's. Raises ConfigurationError.
+        `server` overrides the ticket's; `congestion_control` names one of the kernel's
+        algorithms for the tunnel. Raises ConfigurationError.
         """
         self.ticket = Ticket.parse(ticket) if isinstance(ticket, str) else ticket
         address = parse_address(endpoint, "--endpoint", can_be_unix=True)
@@ -76,7 +78,9 @@ class Client(Service):
             server or self.ticket.server, "--server", default_port=RELAY_PORT
         )
         self._new_cipher(load(crypto))  # says now what the crypto package lacks
-        super().__init__(budget_bytes=budget_bytes, crypto=crypto)
+        super().__init__(
+            budget_bytes=budget_bytes, crypto=crypto, congestion_control=congestion_control
+        )
         self._workers = Workers(self.loop)
         self.endpoint = Endpoint(self.loop, self._workers, address)
         self._once = once
@@ -125,6 +129,10 @@ class Client(Service):
                     UnreachableError(f"can't reach the relay {self.server}: {reason(error)}")
                 )
             return
+        try:
+            set_congestion_control(sock, self.congestion_control)
+        except OSError:
+            pass  # it could be had at the start
         cipher = self._new_cipher(self.aes)
         self._is_spent = self.ticket.cipher == "aes-gcm"
         self.tunnel = Tunnel(

@@ -14,6 +14,7 @@ from ..errors import LostError, MisuseError, SniTunError
 from ..protocol.aes import load
 from .bridges import Bridges
 from .loop import Loop
+from .sockets import check_congestion_control
 from .tuning import STOP_S
 
 TYPE_CHECKING = False
@@ -37,8 +38,16 @@ class Service:
     still on the caller's thread), `_begin`, `_begin_stop`.
     """
 
-    def __init__(self, *, budget_bytes: int, crypto: str = "") -> None:
-        """`budget_bytes` bounds the payload that all channels together may hold."""
+    def __init__(
+        self, *, budget_bytes: int, crypto: str = "", congestion_control: str = ""
+    ) -> None:
+        """`budget_bytes` bounds the payload that all channels together may hold.
+
+        Raises ConfigurationError where `crypto` or `congestion_control` can't be had.
+        """
+        if congestion_control:
+            check_congestion_control(congestion_control)
+        self.congestion_control = congestion_control
         self.aes: Aes = load(crypto)
         self.loop = Loop()
         self.bridges = Bridges(budget_bytes)

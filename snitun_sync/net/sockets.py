@@ -8,6 +8,9 @@ import sys
 import termios
 from struct import Struct
 
+from ..errors import UsageError
+from ..protocol.names import shown
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -54,6 +57,32 @@ def limit_unsent(sock: socket.socket, size: int) -> None:
     option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
     if option is not None:
         sock.setsockopt(socket.IPPROTO_TCP, option, size)
+
+
+def check_congestion_control(name: str) -> None:
+    """See whether this system can do congestion control by `name`. Raises UsageError."""
+    with socket.socket() as sock:
+        try:
+            set_congestion_control(sock, name)
+            return
+        except OSError as error:
+            reason = error.strerror or error
+    available = ""
+    try:
+        with open("/proc/sys/net/ipv4/tcp_available_congestion_control", encoding="ascii") as file:
+            available = f"; expected one of {', '.join(file.read().split())}"
+    except OSError:
+        pass
+    raise UsageError(f"--congestion-control: {shown(name)}: {reason}{available}")
+
+
+def set_congestion_control(sock: socket.socket, name: str) -> None:
+    """Let the kernel send on `sock` by the algorithm `name`, or by the system's if "" (Linux)."""
+    if name:
+        option = getattr(socket, "TCP_CONGESTION", None)
+        if option is None:
+            raise OSError("this system has no choice")
+        sock.setsockopt(socket.IPPROTO_TCP, option, name.encode(errors="replace"))
 
 
 def path_rate(sock: socket.socket) -> tuple[int, int]:
@@ -127,7 +156,7 @@ def _resolve(address: Address, flags: int) -> list[Place]:
     return [(family, place) for family, _, _, _, place in infos]
 
 
-def listen(address: Address) -> list[socket.socket]:
+def listen(address: Address, congestion_control: str = "") -> list[socket.socket]:
     """Return tuned sockets that listen on `address`, one for each family of a name.
 
     IPv6 sockets take no IPv4: who wants both names both, or "" for all addresses.
@@ -155,6 +184,7 @@ def listen(address: Address) -> list[socket.socket]:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.bind((place[0], port, *place[2:]))
             tune(sock)
+            set_congestion_control(sock, congestion_control)
             sock.listen(LISTEN_BACKLOG)
             port = sock.getsockname()[1]
     except BaseException:

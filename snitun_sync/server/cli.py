@@ -49,6 +49,7 @@ def parser() -> Parser:
         action="append",
         help="where clients connect; --listen is for devices alone then; repeatable",
     )
+    options.add_network()
     options.add_common()
     return options
 
@@ -64,6 +65,7 @@ def run(arguments: Sequence[str]) -> None:
             options.listen or ("*:443",),
             options.peer_listen or (),
             crypto=crypto(options.crypto),
+            congestion_control=options.congestion_control,
         )
     )
 

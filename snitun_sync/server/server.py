@@ -50,6 +50,7 @@ class Server(Service):
         *,
         budget_bytes: int = RELAY_BUDGET_BYTES,
         crypto: str = "",
+        congestion_control: str = "",
     ) -> None:
         """`fernet_keys` are texts, the newest first. Raises ConfigurationError."""
         self._addresses = [
@@ -61,7 +62,9 @@ class Server(Service):
             for text in texts
         ]
         check_fernet_keys(fernet_keys)
-        super().__init__(budget_bytes=budget_bytes, crypto=crypto)
+        super().__init__(
+            budget_bytes=budget_bytes, crypto=crypto, congestion_control=congestion_control
+        )
         self.fernet = Fernet(fernet_keys, self.aes)
         self.arrivals: set[Arrival] = set()
         self.routes: dict[str, Registration] = {}
@@ -79,7 +82,7 @@ class Server(Service):
     def _open(self) -> None:
         for address, takes_devices, takes_clients in self._addresses:
             try:
-                sockets = listen(address)
+                sockets = listen(address, self.congestion_control)
             except OSError as error:
                 hint = (
                     "; ports below 1024 take root or CAP_NET_BIND_SERVICE"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 
 import pytest
 
-from snitun_sync.errors import LostError, MisuseError, SniTunError
+from snitun_sync.client import Client
+from snitun_sync.errors import LostError, MisuseError, SniTunError, UsageError
 from snitun_sync.net.service import Service
-from tests.support import wait_until
+from snitun_sync.server import Server
+from tests.support import Credentials, Endpoint, wait_until
 
 
 class Probe(Service):
@@ -100,6 +103,23 @@ def test_the_loop_s_own_defect_is_an_error() -> None:
             os.close(probe.loop._poller.fileno())  # type: ignore[union-attr]
             probe.loop.call_soon_threadsafe(lambda: None)
             probe.wait(10)
+
+
+def test_the_kernel_s_congestion_control(credentials: Credentials, endpoint: Endpoint) -> None:
+    """Of the tunnel, on both sides; the system's own elsewhere."""
+    key, name = credentials.fernet_key, "reno"
+    with Server([key], ["127.0.0.1:0"], congestion_control=name) as server:
+        ticket = credentials.at(f"127.0.0.1:{server.ports[0]}")
+        with Client(ticket, endpoint.address, congestion_control=name) as client:
+            assert client.wait_until_up(10)
+            [tunnel] = server.tunnels
+            for each in (tunnel, client.tunnel):
+                assert each is not None
+                assert each.sock is not None
+                value = each.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+                assert value.rstrip(b"\0") == name.encode()
+    with pytest.raises(UsageError, match="--congestion-control: 'tachyon'"):
+        Client(credentials.ticket, endpoint.address, congestion_control="tachyon")
 
 
 def test_a_signal_while_it_opens() -> None:
