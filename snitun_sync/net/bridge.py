@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("snitun_sync")
 
 _LINGER_RESET = struct.pack("ii", 1, 0)
-# Linux: TCP bytes are discarded in the kernel, without a copy.
-_DISCARD = getattr(socket, "MSG_TRUNC", 0)
 
 
 class BridgeState(Enum):
@@ -169,21 +167,19 @@ class Bridge(Handler):
         """Read once, at most `limit` bytes, and send it on; return how many."""
         assert self.sock is not None
         loop = self.tunnel.loop
-        room = loop.room()
         try:
-            size = self.sock.recv_into(room, min(limit, len(room)))
+            data = loop.receive(self.sock, limit, is_kept=True)
         except BlockingIOError:
             return 0
         except OSError as error:
             self._local_end(error)
             return 0
-        if not size:
+        if not data:
             self._local_end(None)
             return 0
         self.active_at = loop.now
-        loop.keep(size)
-        self.tunnel.send(self.channel, room[:size])
-        return size
+        self.tunnel.send(self.channel, data)
+        return len(data)
 
     def _local_end(self, error: OSError | None) -> None:
         """The socket has said its last word; deliver what it said, then CLOSE."""
@@ -231,15 +227,14 @@ class Bridge(Handler):
     def _discard(self) -> None:
         """Read what the socket still says after its channel has ended, and forget it."""
         assert self.sock is not None
-        flags = _DISCARD if self.sock.family != socket.AF_UNIX else 0
         try:
-            size = self.sock.recv_into(self.tunnel.loop.room(), 0, flags)
+            data = self.tunnel.loop.receive(self.sock)
         except BlockingIOError:
             return
         except OSError:
             self.close()
             return
-        if not size:
+        if not data:
             self._has_eof = True
             self._end_step()
 

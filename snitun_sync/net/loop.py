@@ -168,18 +168,23 @@ class Loop(Handler):
 
     # --- the receive buffer ----------------------------------------------------
 
-    def room(self) -> memoryview:
-        """Return free space of the receive buffer, at least MIN_ROOM_BYTES.
+    def receive(
+        self, sock: socket.socket, limit: int = BUFFER_BYTES, *, is_kept: bool = False
+    ) -> memoryview:
+        """Read once from a socket, at most `limit` bytes; return them, in the receive buffer.
 
-        What is read into it may be overwritten by the next read, unless `keep` is called.
+        They may be overwritten by the next read, or, if `is_kept`, by the flush at the end
+        of the turn; one comes before it when less than MIN_ROOM_BYTES are free. Raises
+        OSError, BlockingIOError where there is nothing.
         """
-        if self._used > BUFFER_BYTES - MIN_ROOM_BYTES:
+        used = self._used
+        if used > BUFFER_BYTES - MIN_ROOM_BYTES:
             self.flush()
-        return self._buffer[self._used :]
-
-    def keep(self, size: int) -> None:
-        """Keep the first `size` bytes of the room until the flush at the end of the turn."""
-        self._used += size
+            used = 0
+        end = used + sock.recv_into(self._buffer[used : used + limit])
+        if is_kept:
+            self._used = end
+        return self._buffer[used:end]
 
     def flush_later(self, flushable: Flushable) -> None:
         """Call `flush` at the end of this turn, or earlier if the buffer runs full."""

@@ -371,21 +371,20 @@ class Tunnel(Handler):
 
     def _read(self) -> None:
         assert self.sock is not None
-        room = self.loop.room()
         try:
-            size = self.sock.recv_into(room)
+            data = self.loop.receive(self.sock)
         except BlockingIOError:
             return
         except OSError as error:
             self.end(self._link_error(error))
             return
-        if not size:
+        if not data:
             self.end(self._link_error(None))
             return
         self._received_at = self.loop.now
         if self.state is TunnelState.ENDING:
             return  # drained
-        data, failure = room[:size], None
+        failure = None
         try:
             if self._handshake is not None:
                 data = self._handshake_received(data)

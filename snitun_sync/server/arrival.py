@@ -150,19 +150,19 @@ class Arrival(Handler):
 
     def on_ready(self, events: int) -> None:
         assert self.sock is not None
-        room = self._loop.room()
+        data = memoryview(b"")
         try:
-            size = self.sock.recv_into(room, EARLY_READ_BYTES)
+            data = self._loop.receive(self.sock, EARLY_READ_BYTES)
         except BlockingIOError:
             return
         except OSError:
-            size = 0
-        if not size:
+            pass
+        if not data:
             if self._token is not None:
                 log.warning("%s: gone before its token was whole", self)
             self.close()
         elif not self._is_refused:
-            self._received(room[:size])
+            self._received(data)
 
     def _received(self, data: memoryview) -> None:
         if self._hello is None and self._token is None:

@@ -12,7 +12,7 @@ from typing import Callable
 
 import pytest
 
-from snitun_sync.net.loop import BUFFER_BYTES, MIN_ROOM_BYTES, READ, WRITE, Handler, Loop
+from snitun_sync.net.loop import READ, WRITE, Handler, Loop
 from tests.support import wait_until
 
 
@@ -199,27 +199,35 @@ class Sink:
 
 
 def test_what_is_kept_stays_until_the_flush(loop: Loop) -> None:
-    sink = Sink()
-    for number in range(20):
-        room = loop.room()
-        assert len(room) >= MIN_ROOM_BYTES
-        size = 40_000
-        room[:size] = bytes([number]) * size
-        if not sink.views:
-            loop.flush_later(sink)
-        sink.views.append(room[:size])
-        loop.keep(size)
+    sink, size = Sink(), 40_000
+    one, two = socket.socketpair()
+    with one, two:
+        for number in range(20):
+            one.sendall(bytes([number]) * size)
+            data = loop.receive(two, is_kept=True)
+            assert len(data) == size  # there is always room for that much
+            if not sink.views:
+                loop.flush_later(sink)
+            sink.views.append(data)
     loop.flush()
-    assert sink.flushed == [bytes([number]) * 40_000 for number in range(20)]
-    assert len(loop.room()) == BUFFER_BYTES
+    assert sink.flushed == [bytes([number]) * size for number in range(20)]
 
 
 def test_what_is_not_kept_is_overwritten(loop: Loop) -> None:
-    loop.room()[:1] = b"a"
-    loop.keep(0)
-    assert bytes(loop.room()[:1]) == b"a"
-    loop.keep(1)
-    assert len(loop.room()) == BUFFER_BYTES - 1
+    one, two = socket.socketpair()
+    with one, two:
+        one.sendall(b"abc")
+        data = loop.receive(two, 1)
+        assert bytes(data) == b"a"
+        assert bytes(loop.receive(two, 1, is_kept=True)) == b"b"
+        assert bytes(data) == b"b"
+        assert bytes(loop.receive(two)) == b"c"
+        assert bytes(data) == b"b"
+        with pytest.raises(BlockingIOError):
+            two.setblocking(False)
+            loop.receive(two)
+        one.close()
+        assert not loop.receive(two)
 
 
 def test_random_bytes_are_never_given_twice(loop: Loop) -> None:
