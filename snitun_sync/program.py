@@ -61,7 +61,7 @@ PERIOD_S = 10.0
 WARNINGS_PER_PERIOD = 20  # of a kind
 SHORTEST_SECRET = 16
 # Objects allocated before the collector looks for cycles among the young ones: connections
-# come and go without leaving any.
+# come and go and leave none.
 COLLECT_AFTER = 10_000
 # Tokens, tickets as a line or as JSON, Fernet keys and keys in hex, wherever they stand by
 # mistake; not what is part of a path.
@@ -121,7 +121,7 @@ class Parser(argparse.ArgumentParser):
 def _help(prog: str) -> argparse.HelpFormatter:
     """Format for the terminal's width; argparse would import shutil (0.7 MiB) to learn it."""
     try:
-        columns = int(os.environ.get("COLUMNS", "0")) or os.get_terminal_size().columns
+        columns = int(os.environ.get("COLUMNS", "0")) or os.get_terminal_size().columns or 80
     except (OSError, ValueError):
         columns = 80
     return argparse.RawDescriptionHelpFormatter(prog, width=columns - 2)

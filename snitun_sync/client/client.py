@@ -114,10 +114,8 @@ class Client(Service):
     def _connect(self) -> None:
         log.info("connecting to the relay %s", self.server)
         self._attempts += 1
-        job = self._workers.submit(
-            "relay", partial(blocking_connect, self.server, CONNECT_S), self._connected
-        )
-        if job is None:
+        connect = partial(blocking_connect, self.server, CONNECT_S)
+        if not self._workers.submit(connect, self._connected):
             self._failed(UnreachableError("no thread can be started to connect to the relay"))
 
     def _connected(self, sock: socket.socket | None, error: Exception | None) -> None:

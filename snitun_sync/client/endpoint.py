@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 from ..errors import EndpointError
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from ..net.sockets import Place
     from ..net.workers import Workers
     from ..protocol.names import Address
+
+log = logging.getLogger("snitun_sync")
 
 # Connections being opened at a time. Each takes a descriptor, and a device waits for it.
 OPENING_LIMIT = 512
@@ -56,11 +59,9 @@ class Endpoint:
             connecting.close()
 
     def _resolve(self) -> None:
-        job = self._workers.submit(
-            self.address, partial(blocking_resolve, self.address), self._resolved
-        )
-        self._is_resolving = job is not None
-        if job is None:
+        resolve = partial(blocking_resolve, self.address)
+        self._is_resolving = self._workers.submit(resolve, self._resolved)
+        if not self._is_resolving:
             self._resolved(None, OSError("no thread can be started to resolve the name"))
 
     def _resolved(self, places: list[Place] | None, error: Exception | None) -> None:
@@ -79,13 +80,19 @@ class Endpoint:
         done = partial(self._connected, bridge)
         connecting = Connecting(self._loop, self._places, CONNECT_S, done)
         self._opening[bridge] = connecting
-        connecting.start()
+        try:
+            connecting.start()
+        except Exception as failure:
+            log.exception("defect in %s", type(connecting).__name__)
+            connecting.fail(failure)  # the others that wait are not to blame
 
     def _connected(self, bridge: Bridge, sock: socket.socket | None, error: OSError | None) -> None:
         self._opening.pop(bridge, None)
         if sock is not None:
             bridge.connected(sock)
         else:
+            if self._resolved_until != float("inf"):
+                self._resolved_until = 0.0  # it may have another address by now
             bridge.abort(EndpointError(f"can't reach endpoint {self}: {reason(error)}"))
 
 

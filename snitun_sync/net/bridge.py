@@ -4,10 +4,10 @@
       └──── CLOSE received, tunnel stopped ────┴→ ENDING → CLOSED
       any ─ abort ────────────────────────────────────────→ CLOSED
 
-The socket may come later than the channel (the client connects on a worker
-thread); until then, and whenever the socket is full, what arrives is held, and
-counted against the budget of the process. Above the high watermark the peer is
-paused. In the other direction a bridge reads only while the tunnel can take it.
+The socket may come later than the channel (the client has to connect); until then,
+and whenever the socket is full, what arrives is held, and counted against the budget
+of the process. Above the high watermark the peer is paused. In the other direction a
+bridge reads only while the tunnel can take it.
 
 ENDING is what a well-behaved end takes: what is held is flushed, the sending side
 is shut down, and input is drained until the other side ends too, or 2 s after it has
@@ -135,7 +135,9 @@ class Bridge(Handler):
             if self.state is BridgeState.ENDING:
                 self._discard()
             elif self.tunnel.can_send:
-                self._read(self.tunnel.turn_bytes)
+                limit = self.tunnel.turn_bytes
+                if self._read(limit) == limit:
+                    self.tunnel.measure()
             else:
                 self.tunnel.wait_for_turn(self.channel, is_new=True)
                 self._update()

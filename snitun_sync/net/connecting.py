@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 
     Done = Callable[["socket.socket | None", "OSError | None"], object]
 
-# A unix socket whose queue is full says so at once: when to ask again.
-FULL_QUEUE_S = 0.05
+# A unix socket whose queue is full says so at once: when to ask again, first and at most.
+FIRST_RETRY_S = 0.05
+LAST_RETRY_S = 1.0
 _NON_BLOCKING = getattr(socket, "SOCK_NONBLOCK", 0)
 
 
 class Connecting(Handler):
     """An attempt to connect to the first of some places that answers."""
 
-    __slots__ = ("_done", "_left", "_loop", "_timeout_s", "_timer")
+    __slots__ = ("_done", "_left", "_loop", "_retry_s", "_timeout_s", "_timer")
 
     def __init__(self, loop: Loop, places: Sequence[Place], timeout_s: float, done: Done) -> None:
         """`start` calls `done(socket, error)`, one of them None, at once or later.
@@ -39,7 +40,7 @@ class Connecting(Handler):
         """
         super().__init__()
         self._loop, self._left, self._done = loop, list(places), done
-        self._timeout_s = timeout_s
+        self._timeout_s, self._retry_s = timeout_s, FIRST_RETRY_S
         self._timer: Timer | None = None
 
     def start(self) -> None:
@@ -66,7 +67,8 @@ class Connecting(Handler):
                 tune(self.sock, is_remote=_is_remote(place), is_blocking=not _NON_BLOCKING)
                 code = self.sock.connect_ex(place)
             except OSError as failure:
-                code = failure.errno or errno.EIO
+                code, error = failure.errno or 0, failure
+                self._free()
             if self.sock is not None:
                 if code == 0 or (code == errno.EINPROGRESS and _is_connected(self.sock)):
                     self._connected()
@@ -77,11 +79,13 @@ class Connecting(Handler):
                     return
             self._free()
             if code == errno.EAGAIN and self._timeout_s > 0:
-                self._timeout_s -= FULL_QUEUE_S
-                self._timer = self._loop.call_later(FULL_QUEUE_S, self.start)
+                self._timer = self._loop.call_later(self._retry_s, self.start)
+                self._timeout_s -= self._retry_s
+                self._retry_s = min(2 * self._retry_s, LAST_RETRY_S)
                 return
             self._left.pop(0)
-            error = OSError(code, os.strerror(code))
+            if code:
+                error = OSError(code, os.strerror(code))
         self._done(None, error)
 
     def _connected(self) -> None:

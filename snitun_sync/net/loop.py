@@ -342,7 +342,8 @@ class _Poll:
         self.unregister, self._poll = poller.unregister, poller.poll
 
     def poll(self, timeout_s: float, limit: int) -> list[tuple[int, int]]:
-        return self._poll(timeout_s * 1000 if timeout_s >= 0 else None)[:limit]
+        # Not limited: the order is always the same, and the last would never be served.
+        return self._poll(timeout_s * 1000 if timeout_s >= 0 else None)
 
 
 def _defect(owner: object, error: Exception) -> None:

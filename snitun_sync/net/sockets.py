@@ -1,4 +1,4 @@
-"""Opening sockets: to connect, on a worker thread, and to listen."""
+"""Opening sockets, and what the kernel is asked and told about them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,10 @@ def limit_unsent(sock: socket.socket, size: int) -> None:
     """Let the kernel take only `size` bytes beyond what the network takes now (Linux)."""
     option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
     if option is not None:
-        sock.setsockopt(socket.IPPROTO_TCP, option, size)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, option, size)
+        except OSError:
+            pass  # it only helps
 
 
 def check_congestion_control(name: str) -> None:
@@ -67,13 +70,13 @@ def check_congestion_control(name: str) -> None:
             return
         except OSError as error:
             reason = error.strerror or error
-    available = ""
+    allowed = ""
     try:
-        with open("/proc/sys/net/ipv4/tcp_available_congestion_control", encoding="ascii") as file:
-            available = f"; expected one of {', '.join(file.read().split())}"
+        with open("/proc/sys/net/ipv4/tcp_allowed_congestion_control", encoding="ascii") as file:
+            allowed = f"; expected one of {', '.join(file.read().split())}"
     except OSError:
         pass
-    raise UsageError(f"--congestion-control: {shown(name)}: {reason}{available}")
+    raise UsageError(f"--congestion-control: {shown(name)}: {reason}{allowed}")
 
 
 def set_congestion_control(sock: socket.socket, name: str) -> None:
@@ -91,7 +94,7 @@ def path_rate(sock: socket.socket) -> tuple[int, int]:
     The first is in bytes a second, the second is that × the least round trip. (0, 0) where
     they aren't known.
     """
-    if not hasattr(socket, "TCP_INFO"):
+    if sys.platform != "linux":
         return 0, 0
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
     if len(info) < _TCP_INFO.size:
@@ -117,13 +120,15 @@ def blocking_connect(address: Address, timeout_s: float) -> socket.socket:
     """
     failure = OSError("the name has no address")
     for family, place in blocking_resolve(address):
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock = None
         try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
             sock.settimeout(timeout_s)
             sock.connect(place)
             tune(sock)
         except OSError as error:
-            sock.close()
+            if sock is not None:
+                sock.close()
             failure = error
         else:
             return sock

@@ -166,7 +166,6 @@ class Tunnel(Handler):
         to send in a second.
         """
         super().__init__()
-        loop.hand_over(arrival, self)
         self.loop, self.bridges, self._owner = loop, bridges, owner
         self.is_relay, self.peer = is_relay, peer
         self.mux = Mux(cipher, version, self, is_relay=is_relay, random=loop.random)
@@ -187,14 +186,15 @@ class Tunnel(Handler):
         self._in_flight_limit = LEAST_IN_FLIGHT_BYTES
         self._unsent_limit = LEAST_UNSENT_BYTES
         self._measure_at = 0.0
-        if self.sock is not None:
-            limit_unsent(self.sock, LEAST_UNSENT_BYTES)
         self.started_at = self._received_at = self._sent_at = loop.now
         self._ping_id = b""
         self._asked_at: float | None = None  # when the PING was sent whose pong is awaited
         self._goaway: SniTunError | None = None
         self._goaway_at = 0.0
         self._timer: Timer | None = loop.call_later(HANDSHAKE_S, self._handshake_overdue)
+        loop.hand_over(arrival, self)
+        assert self.sock is not None
+        limit_unsent(self.sock, LEAST_UNSENT_BYTES)
         self._write([handshake.first()])
         self._update()
 
@@ -262,20 +262,19 @@ class Tunnel(Handler):
     def wait_for_turn(self, channel: Channel, *, is_new: bool) -> None:
         """Call the channel's `take_turn` when the tunnel has room and others have had theirs."""
         self.mux.wait_for_turn(channel, is_new=is_new)
-        if self.loop.now >= self._measure_at:
-            self._measure()
+        self.measure()
         self._update()
 
-    def _measure(self) -> None:
+    def measure(self) -> None:
         """The tunnel is busy: fit turns and what is on its way to the rate of its path."""
-        if self.sock is None:
+        if self.loop.now < self._measure_at or self.sock is None:
             return
         self._measure_at = self.loop.now + MEASURE_S
         rate, path_bytes = path_rate(self.sock)
         if not rate:
             return
         if not self._interval_s:
-            least = LEAST_TURN_BYTES if self.mux.version else LEAST_VERSION_0_TURN_BYTES
+            least = LEAST_TURN_BYTES if self.mux.can_pause else LEAST_VERSION_0_TURN_BYTES
             self.turn_bytes = min(max(int(rate * TURN_S), least), TURN_BYTES)
         in_flight = min(max(int(rate * IN_FLIGHT_S), LEAST_IN_FLIGHT_BYTES), IN_FLIGHT_BYTES)
         self._in_flight_limit = max(in_flight, 2 * path_bytes)

@@ -1,4 +1,4 @@
-"""The one place that knows the crypto package.
+"""The one place that knows the crypto package, with direct_cbc.py behind it.
 
 pycryptodome is the default (as `Crypto`, or as `Cryptodome`, Debian's name for
 it); `cryptography` serves when that is missing or asked for. Both give the same
@@ -177,10 +177,11 @@ def _import_pycryptodome() -> tuple[ModuleType, ModuleType]:
     What they would pull in without need is out of sight while they load: cffi, with
     pycparser (1.7 MiB; ctypes serves them as well and as fast); ctypes.util, with
     subprocess, shutil and tempfile (1.4 MiB, to find libraries outside of pycryptodome);
-    platform, which would start `file` to tell that this is not Windows.
+    platform, which would start `file` to tell that this is not Windows. Another thread
+    that imports the last two meanwhile would see them so: then they are left alone.
     """
     hidden: dict[str, ModuleType | None] = {"cffi": None}
-    if sys.platform != "win32":
+    if sys.platform != "win32" and len(sys._current_frames()) == 1:
         hidden["ctypes.util"] = util = ModuleType("ctypes.util")
         util.find_library = _find_library  # type: ignore[attr-defined]
         hidden["platform"] = platform = ModuleType("platform")

@@ -27,6 +27,7 @@ from snitun_sync.errors import (
 )
 from snitun_sync.net import tunnel as tunnel_module
 from snitun_sync.net.bridge import BridgeState
+from snitun_sync.net.connecting import Connecting
 from snitun_sync.net.loop import Loop
 from snitun_sync.net.tuning import PROVING_FRAMES
 from snitun_sync.protocol import frame
@@ -593,6 +594,33 @@ def test_an_endpoint_s_name_is_resolved_on_a_worker(
         for _ in range(3):
             raw.receive_flow(frame.CLOSE)
     assert "can't reach endpoint no-such-name.invalid:80: " in caplog.text
+
+
+def test_a_defect_in_one_connect_ends_that_channel_only(
+    relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, failures = Connecting.start, [RuntimeError("no"), RuntimeError("no")]
+
+    def fail(connecting: Connecting) -> None:
+        if failures:
+            raise failures.pop()
+        start(connecting)
+
+    monkeypatch.setattr(Connecting, "start", fail)
+    with running(relay, f"localhost:{endpoint.port}") as client, relay.tunnel() as raw:
+        for number in range(3):  # all of them wait for the name
+            raw.new(bytes([number]) * 16)
+            raw.send(frame.DATA, bytes([number]) * 16, data=ECHO)
+        flows = sorted(raw.receive()[1] for _ in range(3))
+        assert flows == [frame.DATA, frame.CLOSE, frame.CLOSE]
+        assert len(client.bridges.all) == 1
+
+
+def test_a_path_that_is_too_long_says_so(relay: RawRelay, caplog: pytest.LogCaptureFixture) -> None:
+    with running(relay, "unix:/" + "x" * 200), relay.tunnel() as raw:
+        raw.new(b"c" * 16)
+        raw.receive_flow(frame.CLOSE)
+    assert "AF_UNIX path too long" in caplog.text
 
 
 def test_a_unix_endpoint_whose_queue_is_full_is_asked_again(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import select
 import socket
 import threading
 import time
@@ -540,3 +541,30 @@ def test_the_budget_is_shared_fairly_between_tunnels(
                 download(services.port, 20 * MIB, hostname="other.test")
                 assert services.server.bridges.suspended
     service.close()
+
+
+# --- the path ------------------------------------------------------------------------------
+
+
+def test_turns_grow_again_on_a_path_that_is_never_full(services: Services) -> None:
+    """They were measured when it was slow; since then nobody has had to wait for a turn."""
+    tunnel = services.client.tunnel
+    assert tunnel is not None
+
+    def shrink() -> None:
+        tunnel.turn_bytes, tunnel._measure_at = 4096, 0.0
+
+    services.client.loop.call_soon_threadsafe(shrink)
+    wait_until(lambda: tunnel.turn_bytes == 4096)
+    download(services.port, 4 * MIB)
+    assert tunnel.turn_bytes > 4096
+
+
+def test_without_epoll(tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(select, "epoll")
+    with Services(tmp_path, version=version) as services:
+        download(services.port, 4 * MIB)
+        upload(services.port, 4 * MIB)
+        with services.device("ECHO") as device:
+            device.exchange()
+        services.wait_until_idle()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from snitun_sync.net import sockets as sockets_module
 from snitun_sync.net.sockets import (
     blocking_connect,
     host_text,
@@ -31,6 +32,19 @@ def test_connect_to_what_listens(host: str) -> None:
         assert len(path_rate(sock)) == 2
     for sock in sockets:
         sock.close()
+
+
+def test_an_address_that_the_system_can_t_use_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        place = listener.getsockname()
+        places = [(12345, place), (socket.AF_INET, place)]
+        monkeypatch.setattr(sockets_module, "blocking_resolve", lambda address: places)
+        blocking_connect(Address("both.example", place[1]), 5).close()
+        places.pop()
+        with pytest.raises(OSError, match="family"):
+            blocking_connect(Address("both.example", place[1]), 5)
 
 
 def test_connect_to_a_unix_socket(tmp_path: Path) -> None:
