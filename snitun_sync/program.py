@@ -276,7 +276,6 @@ def run_service(make: Callable[[], Service]) -> None:
     """
     service = make()
     # What is there now stays: the collector need never look at it again.
-    gc.collect()
     gc.freeze()
     gc.set_threshold(COLLECT_AFTER)
 
