@@ -1,6 +1,6 @@
 """Measure tunnels side by side: throughput, latency, CPU and memory.
 
-python3 tools/bench.py             everything; about an hour
+python3 tools/bench.py             everything; half an hour
 python3 tools/bench.py --quick     whether every scenario runs; its figures mean nothing
 """
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from snitun_sync.errors import AuthenticationError, ConfigurationError
 from snitun_sync.protocol import aes as module
+from snitun_sync.protocol import direct_cbc as direct_cbc_module
 from snitun_sync.protocol.aes import Aes, load
 from tests.support import PROJECT
 
@@ -156,3 +159,56 @@ def test_cffi_stays_out_of_memory() -> None:
         "print('cffi' in sys.modules, 'pycparser' in sys.modules); import cffi"
     )
     assert in_a_new_python(code) == "False False\n"
+
+
+def test_what_pycryptodome_needs_not_stays_out_of_memory() -> None:
+    code = (
+        "import sys; from snitun_sync.protocol.aes import load; load(); "
+        "print([name for name in ('ctypes.util', 'platform', 'shutil') if name in sys.modules]); "
+        "import ctypes.util, platform; print(ctypes.util.find_library('c'), platform.system()); "
+        "from Crypto.Util import _raw_api; print(_raw_api.find_library('c'))"
+    )
+    names, real, later = in_a_new_python(code).splitlines()
+    assert names == "[]"
+    assert real == f"{later} {platform.system()}"
+
+
+DIRECT = (
+    "import sys, {}\n"
+    "from snitun_sync.errors import MisuseError\n"
+    "from snitun_sync.protocol.aes import load\n"
+    "aes = load('pycryptodome')\n"
+    "key, iv = bytes(32), bytes(16)\n"
+    "encrypt, decrypt = aes.cbc_encryptor(key, iv), aes.cbc_decryptor(key, iv)\n"
+    "print(aes._direct is not None, decrypt(encrypt(b'x' * 48)) == b'x' * 48)\n"
+    "for call in (lambda: encrypt(b'x' * 17), lambda: aes.cbc_encryptor(bytes(5), iv),\n"
+    "             lambda: aes.cbc_encryptor(key, bytes(5))):\n"
+    "    try: call()\n"
+    "    except (MisuseError, ValueError): print('refused')\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "is_direct"),
+    [
+        ("os", True),  # as in the programs
+        ("cffi", False),  # pycryptodome takes it where it is loaded
+    ],
+)
+def test_cbc_directly_and_by_the_public_interface(before: str, is_direct: bool) -> None:
+    printed = in_a_new_python(DIRECT.format(before)).splitlines()
+    assert printed == [f"{is_direct} True", "refused", "refused", "refused"]
+
+
+def test_functions_that_do_something_else_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    cipher, _ = module._import_pycryptodome()
+
+    class Wrong(direct_cbc_module.DirectCbc):
+        def __init__(self, aes: ModuleType) -> None:
+            pass
+
+        def stream(self, key: bytes, iv: bytes, *, is_encrypting: bool) -> Any:
+            return lambda data: data
+
+    monkeypatch.setattr(direct_cbc_module, "DirectCbc", Wrong)
+    assert direct_cbc_module.direct_cbc(cipher) is None
