@@ -17,7 +17,6 @@ import functools
 import hashlib
 import os
 import socket
-import ssl
 import struct
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from snitun_sync.net.sockets import unacknowledged_bytes
 from snitun_sync.protocol.aes import load
 from snitun_sync.protocol.ticket import Ticket
 from snitun_sync.protocol.token import Fernet, Payload, new_fernet_key
+from tools.load import client_hello as new_client_hello
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,14 +66,8 @@ def wait_until(condition: Callable[[], Any], what: str = "", timeout_s: float = 
 
 @functools.cache
 def client_hello(hostname: str | None = HOSTNAME) -> bytes:
-    """Return a ClientHello of this machine's OpenSSL."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    tls = context.wrap_bio(incoming, outgoing, server_hostname=hostname)
-    with contextlib.suppress(ssl.SSLWantReadError):
-        tls.do_handshake()
-    return outgoing.read()
+    """Return a ClientHello of this machine's OpenSSL, made once for each name."""
+    return new_client_hello(hostname)
 
 
 def reset(sock: socket.socket) -> None:

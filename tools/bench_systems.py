@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Callable
 
 from tools import load
-from tools.environment import PROJECT, find_python
+from tools.environment import PROJECT, python_with_snitun
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -106,21 +106,13 @@ def free_port() -> int:
 
 
 def _python_with_snitun(release: str) -> str:
-    venv = PEERS / f"snitun-{release}"
-    python = str(venv / "bin" / "python")
-    check = [python, "-c", "import snitun"]
-    if not os.path.exists(python) or subprocess.run(check, check=False).returncode:
-        versions = RELEASES[release][0]
-        base = next(filter(None, map(find_python, versions)), None)
-        if base is None:
-            raise MissingError(f"Python {versions[0]} is missing")
-        print(f"installing snitun {release} …", file=sys.stderr, flush=True)
-        install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-        try:
-            subprocess.run([base, "-m", "venv", "--clear", str(venv)], check=True)
-            subprocess.run([*install, f"snitun=={release}"], check=True)
-        except subprocess.CalledProcessError as error:
-            raise MissingError(f"snitun {release} can't be installed") from error
+    versions = RELEASES[release][0]
+    try:
+        python = python_with_snitun(PEERS, release, *versions)
+    except subprocess.CalledProcessError as error:
+        raise MissingError(f"snitun {release} can't be installed") from error
+    if python is None:
+        raise MissingError(f"Python {versions[0]} is missing")
     return python
 
 

@@ -4,8 +4,8 @@
     python3 tools/cost.py --profile connect      the functions in which one load spends its time
 
 A relay and a client live in this one process, and their loops turn one at a time, so that
-nothing waits and caches are warm: real processes take up to twice as long for each turn. The
-system calls and the crypto are then done again by themselves; the rest is the interpreter's.
+nothing waits and caches are warm: real processes take two to three times as long. The system
+calls and the crypto are then done again by themselves; the rest is the interpreter's.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Callable
+from typing import TYPE_CHECKING, Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import environment
+
+if TYPE_CHECKING:
+    from snitun_sync.net.service import Service
 
 HOSTNAME = "cost.example.test"
 SMALL, LARGE = 64, 128 * 1024
@@ -34,11 +37,11 @@ UNIT = 32
 class Side:
     """A relay or a client that turns when it is told to, and how long it took."""
 
-    def __init__(self, service: object) -> None:
+    def __init__(self, service: Service) -> None:
         self.service, self.took_s = service, 0.0
-        self._loop = service.loop  # type: ignore[attr-defined]
-        service._prepare()  # type: ignore[attr-defined]
-        service._begin()  # type: ignore[attr-defined]
+        self._loop = service.loop
+        service._prepare()
+        service._begin()
 
     def turn(self) -> bool:
         """Turn once, if there is something to do; return whether there was."""
@@ -112,24 +115,15 @@ class Tunnel:
                 break
             size -= len(data)
 
-    def pingpong(self, count: int) -> None:
-        """Exchange SMALL bytes `count` times."""
+    def exchange(self, count: int, up: int, down: int) -> None:
+        """Send `up` bytes to the endpoint and `down` bytes back, `count` times."""
         device, endpoint = self.connect()
         self.relay.took_s = self.client.took_s = 0.0
         for _ in range(count):
-            device.send(bytes(SMALL))
-            self.receive(endpoint, SMALL)
-            endpoint.send(bytes(SMALL))
-            self.receive(device, SMALL)
-        self.end(device, endpoint)
-
-    def bulk(self, count: int) -> None:
-        """Send LARGE bytes from the endpoint to the device, `count` times."""
-        device, endpoint = self.connect()
-        self.relay.took_s = self.client.took_s = 0.0
-        for _ in range(count):
-            endpoint.sendall(bytes(LARGE))
-            self.receive(device, LARGE)
+            device.sendall(bytes(up))
+            self.receive(endpoint, up)
+            endpoint.sendall(bytes(down))
+            self.receive(device, down)
         self.end(device, endpoint)
 
     def connects(self, count: int) -> None:
@@ -150,7 +144,7 @@ class Tunnel:
         self.turn_until(lambda: True)
 
 
-def best_us(call: Callable[[], object], count: int = 300) -> float:
+def median_us(call: Callable[[], object], count: int = 300) -> float:
     """Return the median time of a call, in µs."""
     times = []
     for _ in range(count):
@@ -203,10 +197,10 @@ def system_calls_us() -> dict[str, float]:
         send, receive = exchange(small[UNIT:])
         large_send, large_receive = exchange(large)
         one.send(b"x")
-        poll = best_us(lambda: poller.poll(0, 256))
+        poll = median_us(lambda: poller.poll(0, 256))
         listener.listen(1024)
-        opened = best_us(connect, 200)
-        accepted = best_us(accept, 200)
+        opened = median_us(connect, 200)
+        accepted = median_us(accept, 200)
         one.close()
         two.close()
         poller.close()
@@ -226,7 +220,7 @@ def crypto_us(tunnel: Tunnel) -> dict[str, float]:
     seal = tunnel.aes.cbc_encryptor(bytes(32), bytes(16))
     open_ = tunnel.aes.cbc_decryptor(bytes(32), bytes(16))
     unit = bytes(UNIT)
-    sealed, opened = best_us(lambda: seal(unit)), best_us(lambda: open_(unit))
+    sealed, opened = median_us(lambda: seal(unit)), median_us(lambda: open_(unit))
     return {
         "pingpong client": sealed + opened,
         "pingpong relay": sealed + opened,
@@ -239,8 +233,8 @@ def crypto_us(tunnel: Tunnel) -> dict[str, float]:
 
 
 LOADS: dict[str, tuple[Callable[[Tunnel, int], None], int]] = {
-    "pingpong": (Tunnel.pingpong, 3000),
-    "bulk": (Tunnel.bulk, 600),
+    "pingpong": (lambda tunnel, count: tunnel.exchange(count, SMALL, SMALL), 3000),
+    "bulk": (lambda tunnel, count: tunnel.exchange(count, 0, LARGE), 600),
     "connect": (Tunnel.connects, 500),
 }
 
@@ -287,7 +281,7 @@ def main() -> int:
         pstats.Stats(profile).sort_stats("tottime").print_stats("snitun_sync|built-in|method", 40)
     else:
         print(table(tunnel))
-    tunnel.client.service.stop()  # type: ignore[attr-defined]
+    tunnel.client.service.stop()
     return 0
 
 

@@ -74,6 +74,26 @@ def find_python(version: str) -> str | None:
     return None
 
 
+def python_with_snitun(folder: Path, release: str, *versions: str) -> str | None:
+    """Return a Python that has this published release, in an environment of its own in `folder`.
+
+    It is made with the first of `versions` that is here; None if none is. Raises
+    CalledProcessError where the release can't be installed.
+    """
+    venv = folder / f"snitun-{release}"
+    python = str(venv / "bin" / "python")
+    check = [python, "-c", "import snitun"]
+    if not os.path.exists(python) or subprocess.run(check, check=False).returncode:
+        base = next(filter(None, map(find_python, versions)), None)
+        if base is None:
+            return None
+        print(f"installing snitun {release} …", file=sys.stderr, flush=True)
+        install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        subprocess.run([base, "-m", "venv", "--clear", str(venv)], check=True)
+        subprocess.run([*install, f"snitun=={release}"], check=True)
+    return python
+
+
 def _works(interpreter: Path) -> bool:
     try:
         return subprocess.run([str(interpreter), "-c", ""], check=False).returncode == 0

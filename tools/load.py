@@ -41,9 +41,10 @@ STALL_S = 30.0
 _FILL = memoryview(bytes(CHUNK))
 
 
-def client_hello(hostname: str) -> bytes:
-    """Return the ClientHello that this machine's OpenSSL makes for `hostname`."""
+def client_hello(hostname: str | None) -> bytes:
+    """Return the ClientHello that this machine's OpenSSL makes for `hostname`, or without one."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     tls = context.wrap_bio(incoming, outgoing, server_hostname=hostname)
     with contextlib.suppress(ssl.SSLWantReadError):

@@ -66,17 +66,18 @@ class Connecting(Handler):
                 self.sock = socket.socket(family, socket.SOCK_STREAM | _NON_BLOCKING)
                 tune(self.sock, is_remote=_is_remote(place), is_blocking=not _NON_BLOCKING)
                 code = self.sock.connect_ex(place)
+                error = OSError(code, os.strerror(code))
+                if code == errno.EINPROGRESS and _is_connected(self.sock):
+                    code = 0
             except OSError as failure:
-                code, error = failure.errno or 0, failure
-                self._free()
-            if self.sock is not None:
-                if code == 0 or (code == errno.EINPROGRESS and _is_connected(self.sock)):
-                    self._connected()
-                    return
-                if code == errno.EINPROGRESS:
-                    self._loop.watch(self, WRITE)
-                    self._timer = self._loop.call_later(self._timeout_s, self._overdue)
-                    return
+                code, error = failure.errno or errno.EIO, failure
+            if code == 0:
+                self._connected()
+                return
+            if code == errno.EINPROGRESS:
+                self._loop.watch(self, WRITE)
+                self._timer = self._loop.call_later(self._timeout_s, self._overdue)
+                return
             self._free()
             if code == errno.EAGAIN and self._timeout_s > 0:
                 self._timer = self._loop.call_later(self._retry_s, self.start)
@@ -84,12 +85,12 @@ class Connecting(Handler):
                 self._retry_s = min(2 * self._retry_s, LAST_RETRY_S)
                 return
             self._left.pop(0)
-            if code:
-                error = OSError(code, os.strerror(code))
         self._done(None, error)
 
     def _connected(self) -> None:
+        self._loop.watch(self, 0)
         sock, self.sock = self.sock, None
+        self._free()
         self._done(sock, None)
 
     def on_ready(self, events: int) -> None:
@@ -97,11 +98,8 @@ class Connecting(Handler):
         code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             self._failed(code)
-            return
-        self._loop.watch(self, 0)
-        sock, self.sock = self.sock, None
-        self._free()
-        self._done(sock, None)
+        else:
+            self._connected()
 
     def _overdue(self) -> None:
         self._failed(errno.ETIMEDOUT)

@@ -258,8 +258,7 @@ class Loop(Handler):
         if self.sock is not None:
             self.close_socket(self)
             self._waker.close()
-            if hasattr(self._poller, "close"):
-                self._poller.close()
+            self._poller.close()
 
     def stop(self) -> None:
         """End `run` after this turn; from any thread."""
@@ -344,6 +343,9 @@ class _Poll:
     def poll(self, timeout_s: float, limit: int) -> list[tuple[int, int]]:
         # Not limited: the order is always the same, and the last would never be served.
         return self._poll(timeout_s * 1000 if timeout_s >= 0 else None)
+
+    def close(self) -> None:
+        """Nothing to free: poll(2) has no descriptor of its own."""
 
 
 def _defect(owner: object, error: Exception) -> None:

@@ -137,15 +137,11 @@ def blocking_connect(address: Address, timeout_s: float) -> socket.socket:
 
 def blocking_resolve(address: Address) -> list[Place]:
     """Return all places that `address` stands for; for worker threads. Raises OSError."""
-    if address.path:
-        return [(socket.AF_UNIX, address.path)]
     return _resolve(address, 0)
 
 
 def numeric_places(address: Address) -> list[Place]:
     """Return the places of a path or an IP address, which needs no resolving; [] for a name."""
-    if address.path:
-        return [(socket.AF_UNIX, address.path)]
     try:
         return _resolve(address, socket.AI_NUMERICHOST)
     except OSError:
@@ -153,6 +149,8 @@ def numeric_places(address: Address) -> list[Place]:
 
 
 def _resolve(address: Address, flags: int) -> list[Place]:
+    if address.path:
+        return [(socket.AF_UNIX, address.path)]
     # As bytes: a text goes through the codec for names of other scripts (0.4 MiB), which
     # are refused here anyway.
     infos = socket.getaddrinfo(

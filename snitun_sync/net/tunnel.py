@@ -178,7 +178,7 @@ class Tunnel(Handler):
         self._fresh: list[Bridge] = []
         self._is_dirty = False
         self._interval_s = 1 / throttling if throttling else 0.0
-        self.turn_bytes = THROTTLED_TURN_BYTES
+        self.turn_bytes = THROTTLED_TURN_BYTES  # until the path is measured, if it will be
         """The most that a channel may send in its turn."""
         self._next_frame_at = 0.0
         self._throttle_timer: Timer | None = None
@@ -275,11 +275,11 @@ class Tunnel(Handler):
             return
         if not self._interval_s:
             least = LEAST_TURN_BYTES if self.mux.can_pause else LEAST_VERSION_0_TURN_BYTES
-            self.turn_bytes = min(max(int(rate * TURN_S), least), TURN_BYTES)
-        in_flight = min(max(int(rate * IN_FLIGHT_S), LEAST_IN_FLIGHT_BYTES), IN_FLIGHT_BYTES)
+            self.turn_bytes = _bounded(rate * TURN_S, least, TURN_BYTES)
+        in_flight = _bounded(rate * IN_FLIGHT_S, LEAST_IN_FLIGHT_BYTES, IN_FLIGHT_BYTES)
         self._in_flight_limit = max(in_flight, 2 * path_bytes)
         self.mux.confirm_each(self._in_flight_limit // 4)
-        unsent = min(max(int(rate * UNSENT_S), LEAST_UNSENT_BYTES), UNSENT_BYTES)
+        unsent = _bounded(rate * UNSENT_S, LEAST_UNSENT_BYTES, UNSENT_BYTES)
         if not self._unsent_limit // 2 <= unsent <= self._unsent_limit:
             limit_unsent(self.sock, unsent)
             self._unsent_limit = unsent
@@ -630,6 +630,10 @@ class Tunnel(Handler):
                 )
         if events != self.watched:
             self.loop.watch(self, events)
+
+
+def _bounded(size: float, least: int, most: int) -> int:
+    return min(max(int(size), least), most)
 
 
 def _mapped_text(address: bytes, port: int) -> str:

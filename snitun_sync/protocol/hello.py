@@ -100,10 +100,10 @@ def _server_name(body: bytes) -> str:
             raise HelloError(f"an extension has {end - at} bytes, expected at least 4")
         kind, size = EXTENSION.unpack_from(extensions, at)
         at += 4 + size
+        if at > end:
+            raise HelloError(f"extension ends at {at}, but what holds it has {end} bytes")
         if kind == SERVER_NAME and not hostname:
-            hostname = _host_name(_vector(extensions, at - size - 2, 2, "extension")[0])
-    if at > end:
-        raise HelloError(f"extension ends at {at}, but what holds it has {end} bytes")
+            hostname = _host_name(extensions[at - size : at])
     return hostname
 
 

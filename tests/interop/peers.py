@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support import PROJECT, Credentials, Endpoint, Program, free_port
-from tools.environment import find_python
+from tools import environment
 
 PEER = Path(__file__).with_name("snitun_peer.py")
 FOLDER = Path(os.environ.get("SNITUN_PEERS") or PROJECT / ".cache" / "snitun-peers")
@@ -30,23 +29,9 @@ def missing(what: str) -> None:
 
 
 @functools.cache
-def _environment(release: str) -> str | None:
-    python = str(FOLDER / f"snitun-{release}" / "bin" / "python")
-    check = [python, "-c", "import snitun"]
-    if not os.path.exists(python) or subprocess.run(check, check=False).returncode:
-        base = find_python(RELEASES[release])
-        if base is None:
-            return None
-        venv = FOLDER / f"snitun-{release}"
-        subprocess.run([base, "-m", "venv", "--clear", str(venv)], check=True)
-        install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-        subprocess.run([*install, f"snitun=={release}"], check=True)
-    return python
-
-
 def python_with_snitun(release: str) -> str:
     """Return a Python that has this release; skip the test where it can't be made."""
-    python = _environment(release)
+    python = environment.python_with_snitun(FOLDER, release, RELEASES[release])
     if python is None:
         missing(f"Python {RELEASES[release]}, on which snitun {release} runs,")
     assert python is not None
