@@ -15,16 +15,18 @@ from tests.support import PROJECT
 
 PACKAGE = PROJECT / "snitun_sync"
 FILES = sorted(PACKAGE.rglob("*.py"))
-# What each layer may import of ours; "" is the top level: errors, program, the version.
+# What each layer may import of ours; "" is the top level: errors, options, the version.
 ALLOWED = {
     "protocol": {"errors", "protocol"},
     "net": {"errors", "protocol", "net"},
-    "client": {"errors", "protocol", "net", "client", "program"},
-    "server": {"errors", "protocol", "net", "server", "program"},
-    "master": {"errors", "protocol", "master", "program"},
+    "client": {"errors", "protocol", "net", "client", "options", "program"},
+    "server": {"errors", "protocol", "net", "server", "options", "program"},
+    "master": {"errors", "protocol", "master", "options", "program"},
     "errors": set(),
     "__init__": set(),
-    "program": {"errors", "protocol", "__init__"},
+    "logs": set(),
+    "program": {"errors", "protocol", "logs"},
+    "options": {"errors", "protocol", "logs", "program", "__init__"},
 }
 NOT_IN_PROTOCOL = {"socket", "selectors", "threading", "time", "logging", "os", "asyncio"}
 CRYPTO = {"Crypto", "Cryptodome", "cryptography"}
@@ -111,7 +113,10 @@ def test_input_is_never_checked_by_assert_in_the_protocol() -> None:
             "snitun_sync.client",
             {"asyncio", "ssl", "hashlib", "json", "typing", "snitun_sync.server"},
         ),
-        ("snitun_sync.client.cli", {"asyncio", "ssl", "hashlib", "json", "cffi", "Crypto"}),
+        (
+            "snitun_sync.client.cli",
+            {"asyncio", "ssl", "hashlib", "json", "cffi", "Crypto", "configparser", "difflib"},
+        ),
         ("snitun_sync.server.cli", {"asyncio", "ssl", "snitun_sync.client", "snitun_sync.master"}),
         ("snitun_sync.master.cli", {"asyncio", "ssl", "socket", "snitun_sync.net"}),
     ],
@@ -133,7 +138,8 @@ def test_what_an_import_brings_into_memory(module: str, absent: set[str]) -> Non
 
 def test_firmware_may_take_a_part(tmp_path: Path) -> None:
     """The client runs without relay and session master, as README says."""
-    for name in ("__init__.py", "errors.py", "program.py", "protocol", "net", "client"):
+    files = [f"{name}.py" for name in ("__init__", "errors", "logs", "options", "program")]
+    for name in (*files, "protocol", "net", "client"):
         source, target = PACKAGE / name, tmp_path / "snitun_sync" / name
         if source.is_dir():
             shutil.copytree(source, target)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import time
+from argparse import ArgumentTypeError
 
 from ..errors import UsageError
-from ..program import Parser, crypto, main, read_fernet_keys, set_up_logging
+from ..options import SOURCES, Parser, duration_s
+from ..program import main, read_fernet_keys
 from ..protocol.aes import load
 from ..protocol.cipher import CIPHERS, IV_SIZE, KEY_SIZE
 from ..protocol.names import is_hostname, normal_hostname, parse_address, shown
@@ -18,8 +19,9 @@ from ..protocol.token import MAX_TEXT, Fernet, Payload, new_fernet_key
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from argparse import Namespace
     from collections.abc import Sequence
+
+    from ..options import Options
 
 PROGRAM = "snitun-master"
 
@@ -27,11 +29,13 @@ DESCRIPTION = """\
 Makes the Fernet keys that session master and relay share, and the tickets with which
 clients open their tunnels. Both are secrets: write them to files with mode 600."""
 
-EPILOG = """\
+EPILOG = f"""\
   umask 077
   snitun-master new-key > fernet.key
   snitun-master ticket --fernet-key-file fernet.key --hostname home.example.com \\
       --server relay.example.com:443 > ticket
+
+{SOURCES}
 
 exit codes (sysexits.h):
    0  done
@@ -44,7 +48,6 @@ TICKET_DESCRIPTION = """\
 Prints a ticket: the relay's address, the token that the relay accepts, and the key of
 the tunnel, new for each ticket. It is valid for one client at a time."""
 
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 LONGEST_S = 100 * 365 * 86400
 PUBLISHED_MAX_TEXT = 2048  # published relays read a token once
 
@@ -75,7 +78,11 @@ def parser() -> Parser:
         "--alias", metavar="NAME", action="append", default=[], help="one more name; repeatable"
     )
     ticket.add_argument(
-        "--valid-for", metavar="TIME", default="30d", help="like 90s, 12h, 30d, 8w (default: 30d)"
+        "--valid-for",
+        metavar="TIME",
+        type=_valid_for_s,
+        default="30d",
+        help="like 90s, 12h, 30d, 8w (default: 30d)",
     )
     ticket.add_argument(
         "--protocol-version", metavar="N", type=int, choices=(0, 1, 2), default=2, help="default: 2"
@@ -98,7 +105,7 @@ def parser() -> Parser:
     return options
 
 
-def make_ticket(options: Namespace, now: float) -> Ticket:
+def make_ticket(options: Options, now: float) -> Ticket:
     """Return the ticket that the options ask for, created at `now`. Raises ConfigurationError."""
     if options.cipher == "aes-gcm" and not options.single_use:
         raise UsageError(
@@ -109,10 +116,10 @@ def make_ticket(options: Namespace, now: float) -> Ticket:
     if options.single_use and options.cipher != "aes-gcm":
         raise UsageError(f"--single-use: only with --cipher aes-gcm, found {options.cipher}")
     parse_address(options.server, "--server", default_port=RELAY_PORT)
-    keys = read_fernet_keys(options.fernet_key_file, "--fernet-key-file")
-    aes = load(crypto(options.crypto))
+    keys = read_fernet_keys(options.fernet_key_file, options.source("fernet_key_file"))
+    aes = load(options.crypto)
     payload = Payload(
-        valid=int(now) + _seconds(options.valid_for),
+        valid=int(now) + options.valid_for,
         hostname=_hostname(options.hostname, "--hostname"),
         alias=[_hostname(alias, "--alias") for alias in options.alias],
         aes_key=os.urandom(KEY_SIZE),
@@ -151,27 +158,27 @@ def _hostname(text: str, option: str) -> str:
     return name
 
 
-def _seconds(text: str) -> int:
-    match = re.fullmatch(r"([0-9]{1,10})([smhdw])", text)
-    seconds = int(match[1]) * _UNITS_S[match[2]] if match else 0
+def _valid_for_s(text: str) -> int:
+    # Not without a unit: `30` may be meant as days.
+    try:
+        seconds = int(duration_s(text)) if text[-1:].isalpha() else 0
+    except ArgumentTypeError:
+        seconds = 0
     if not 0 < seconds <= LONGEST_S:
-        raise UsageError(
-            f"--valid-for: {shown(text)}; expected a number and one of s, m, h, d, w, "
-            "up to 100 years"
+        raise ArgumentTypeError(
+            f"{shown(text)}; expected a number and one of s, m, h, d, w, up to 100 years"
         )
     return seconds
 
 
 def run(arguments: Sequence[str]) -> None:
     """Print what the arguments ask for. Raises SniTunError."""
-    options = parser().parse_args(arguments)
-    set_up_logging(options.log_level)
-    if options.command == "new-key":
-        crypto(options.crypto)
-        print(new_fernet_key(os.urandom))
-        return
-    ticket = make_ticket(options, time.time())
-    print(ticket.to_json() if options.json else ticket.to_line())
+    with parser().read(arguments) as options:
+        if options.command == "new-key":
+            print(new_fernet_key(os.urandom))
+            return
+        ticket = make_ticket(options, time.time())
+        print(ticket.to_json() if options.json else ticket.to_line())
 
 
 def console() -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from ..program import Parser, crypto, main, read_fernet_keys, run_service, set_up_logging
+from ..options import SOURCES, Parser, check_service
+from ..program import main, read_fernet_keys, run_service
 from .server import Server
 
 TYPE_CHECKING = False
@@ -17,12 +18,14 @@ DESCRIPTION = """\
 The relay: takes devices' TLS connections, finds their hostname in the ClientHello and
 passes them on, as they are, through the tunnel of the client that serves that name."""
 
-EPILOG = """\
+EPILOG = f"""\
 The file of --fernet-key-file has one key a line (`snitun-master new-key` makes one), the
 newest first; # starts a comment. Tokens made with any of them are accepted.
 
+{SOURCES}
+
 exit codes (sysexits.h):
-   0  stopped by SIGTERM or SIGINT
+   0  stopped by SIGTERM or SIGINT, or --check found nothing wrong
   64  an option is wrong
   66  a file can't be read
   69  an address can't be listened on
@@ -40,6 +43,7 @@ def parser() -> Parser:
         "--listen",
         metavar="HOST:PORT",
         action="append",
+        default=("*:443",),
         help="where devices and clients connect; repeatable; *:PORT for all addresses, IPv4 and "
         "IPv6 (default: *:443)",
     )
@@ -47,6 +51,7 @@ def parser() -> Parser:
         "--peer-listen",
         metavar="HOST:PORT",
         action="append",
+        default=(),
         help="where clients connect; --listen is for devices alone then; repeatable",
     )
     options.add_network()
@@ -56,18 +61,22 @@ def parser() -> Parser:
 
 def run(arguments: Sequence[str]) -> None:
     """Run the relay with these arguments until it ends. Raises SniTunError."""
-    options = parser().parse_args(arguments)
-    set_up_logging(options.log_level)
-    keys = read_fernet_keys(options.fernet_key_file, "--fernet-key-file")
-    run_service(
-        lambda: Server(
-            keys,
-            options.listen or ("*:443",),
-            options.peer_listen or (),
-            crypto=crypto(options.crypto),
-            congestion_control=options.congestion_control,
-        )
-    )
+    with parser().read(arguments) as options:
+        keys = read_fernet_keys(options.fernet_key_file, options.source("fernet_key_file"))
+
+        def make() -> Server:
+            return Server(
+                keys,
+                options.listen,
+                options.peer_listen,
+                crypto=options.crypto,
+                congestion_control=options.congestion_control,
+            )
+
+        if options.check:
+            check_service(PROGRAM, options, make)
+        else:
+            run_service(make)
 
 
 def console() -> int:
