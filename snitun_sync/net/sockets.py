@@ -62,6 +62,16 @@ def limit_unsent(sock: socket.socket, size: int) -> None:
             pass  # it only helps
 
 
+def limit_unacknowledged(sock: socket.socket, seconds: float) -> None:
+    """End the connection when what was sent isn't acknowledged in this time (RFC 5482; Linux)."""
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)
+    if option is not None and sock.family != socket.AF_UNIX:
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, option, int(seconds * 1000))
+        except OSError:
+            pass  # the tunnel has time limits of its own
+
+
 def check_congestion_control(name: str) -> None:
     """See whether this system can do congestion control by `name`. Raises UsageError."""
     with socket.socket() as sock:
@@ -111,28 +121,6 @@ def unacknowledged_bytes(sock: socket.socket) -> int:
     except OSError:
         return 0
     return int.from_bytes(buffer, sys.byteorder)
-
-
-def blocking_connect(address: Address, timeout_s: float) -> socket.socket:
-    """Resolve `address` and return a tuned socket connected to it; for worker threads.
-
-    All addresses of a name are tried in turn, `timeout_s` seconds each. Raises OSError.
-    """
-    failure = OSError("the name has no address")
-    for family, place in blocking_resolve(address):
-        sock = None
-        try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            sock.settimeout(timeout_s)
-            sock.connect(place)
-            tune(sock)
-        except OSError as error:
-            if sock is not None:
-                sock.close()
-            failure = error
-        else:
-            return sock
-    raise failure
 
 
 def blocking_resolve(address: Address) -> list[Place]:

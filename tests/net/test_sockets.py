@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from snitun_sync.net import sockets as sockets_module
+from snitun_sync.net import dialing as dialing_module
+from snitun_sync.net.dialing import blocking_dial
 from snitun_sync.net.sockets import (
-    blocking_connect,
     host_text,
     limit_unsent,
     listen,
@@ -24,7 +24,7 @@ from snitun_sync.protocol.names import Address
 def test_connect_to_what_listens(host: str) -> None:
     sockets = listen(Address(host, 0))
     port = sockets[0].getsockname()[1]
-    with blocking_connect(Address(host, port), 5) as sock:
+    with blocking_dial(Address(host, port), 5) as sock:
         assert not sock.getblocking()
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
@@ -40,11 +40,11 @@ def test_an_address_that_the_system_can_t_use_is_passed_over(
     with socket.create_server(("127.0.0.1", 0)) as listener:
         place = listener.getsockname()
         places = [(12345, place), (socket.AF_INET, place)]
-        monkeypatch.setattr(sockets_module, "blocking_resolve", lambda address: places)
-        blocking_connect(Address("both.example", place[1]), 5).close()
+        monkeypatch.setattr(dialing_module, "blocking_resolve", lambda address: places)
+        blocking_dial(Address("both.example", place[1]), 5).close()
         places.pop()
         with pytest.raises(OSError, match="family"):
-            blocking_connect(Address("both.example", place[1]), 5)
+            blocking_dial(Address("both.example", place[1]), 5)
 
 
 def test_connect_to_a_unix_socket(tmp_path: Path) -> None:
@@ -52,10 +52,10 @@ def test_connect_to_a_unix_socket(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
-        with blocking_connect(Address(path=path), 5) as sock:
+        with blocking_dial(Address(path=path), 5) as sock:
             assert not sock.getblocking()
     with pytest.raises(OSError, match="refused"):
-        blocking_connect(Address(path=path), 5)
+        blocking_dial(Address(path=path), 5)
 
 
 def test_all_addresses_of_the_machine_on_one_port() -> None:
