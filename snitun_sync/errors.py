@@ -12,10 +12,13 @@
     ├── TokenError             a token is malformed, forged or expired
     ├── LinkError              the connection between client and relay
     │   ├── UnreachableError   it can't be opened
+    │   │   └── StrangerError    what answers there is no relay
     │   ├── RefusedError       the relay closed it before the tunnel was up
     │   └── LostError          it was up and has ended
+    │       ├── DeadLinkError    because nothing came through it any more
     │       └── TakenOverError   because of another one with the same names
     ├── ListenError            an address can't be listened on
+    ├── NotReadyError          who was asked for its status isn't ready
     ├── ChannelError           one device's connection was cut
     └── EndpointError          the local service can't be reached
 
@@ -74,6 +77,10 @@ class UnreachableError(LinkError):
     """No connection to the relay could be opened."""
 
 
+class StrangerError(UnreachableError):
+    """Something else than a relay answers at its address, such as a captive portal."""
+
+
 class RefusedError(LinkError):
     """The relay closed the connection before the tunnel was up."""
 
@@ -82,12 +89,20 @@ class LostError(LinkError):
     """The tunnel was up and has ended."""
 
 
+class DeadLinkError(LostError):
+    """Nothing comes through the tunnel any more, or its local address is gone."""
+
+
 class TakenOverError(LostError):
     """Another connection leads the tunnel's names now."""
 
 
 class ListenError(SniTunError):
     """An address can't be listened on."""
+
+
+class NotReadyError(SniTunError):
+    """The client or relay that was asked for its status isn't ready."""
 
 
 class ChannelError(SniTunError):

@@ -34,13 +34,17 @@ if TYPE_CHECKING:
 # The options of all programs, by the section of the file: each knows the others' names, so
 # that one file, and one environment, serve all. A test compares.
 COMMON = ("crypto", "log-format", "log-level")
+SERVICE = ("admin", "admin-token-file", "budget", "channel-idle", "congestion-control", "grace")
 SECTIONS = {
     "client": (
         *COMMON,
-        *("aes-iv-file", "aes-key-file", "cipher", "congestion-control", "endpoint", "json"),
-        *("once", "protocol-version", "server", "token", "token-file"),
+        *SERVICE,
+        *("aes-iv-file", "aes-key-file", "cipher", "endpoint", "exit-on-refusal", "json"),
+        *("keepalive", "max-channels", "max-new-channels", "once", "probe", "probe-address"),
+        *("protocol-version", "proxy", "proxy-password-file", "reconnect-spread", "server"),
+        *("token", "token-file", "watch"),
     ),
-    "server": (*COMMON, "congestion-control", "fernet-key-file", "listen", "peer-listen"),
+    "server": (*COMMON, *SERVICE, "fernet-key-file", "json", "listen", "peer-listen", "watch"),
     "master": (
         *COMMON,
         *("alias", "cipher", "fernet-key-file", "hostname", "json", "protocol-version", "server"),
@@ -52,6 +56,8 @@ SOURCES = """\
 Each option can also stand in the environment (--log-level is $SNITUN_LOG_LEVEL), or in the
 INI file of --config, as `log-level = debug` in [client], [server] or [master]. The command
 line goes before the environment, and that before the file."""
+GRACE_S = 10.0
+CHANNEL_IDLE_S = 3600.0  # as net/tuning.py has it, which not all programs have
 CONFIG = "config"
 CHECK = "check"  # on the command line only
 _FLAGS = {
@@ -86,6 +92,7 @@ class Options(argparse.Namespace):
         super().__init__()
         self._settings: dict[str, Setting] = {}  # by attribute
         self._warnings: list[str] = []  # until there is a log
+        self._taken: dict[str, str] = {}  # secrets that were in the environment
 
     def source(self, attribute: str) -> str:
         """Return `--endpoint`, `$SNITUN_ENDPOINT` or `/etc/snitun.ini: [client] endpoint`."""
@@ -149,7 +156,7 @@ class Parser(argparse.ArgumentParser):
         self._section = prog.partition(" ")[0].rpartition("-")[2]
         self._secrets: set[str] = set()  # attributes
         self._required: list[argparse.Action] = []
-        self._is_converting = False
+        self._is_converting = self._is_again = False
         if not epilog:
             return  # a sub-command
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -168,10 +175,45 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if self._is_converting:
             raise UsageError(message.partition(": ")[2])  # "argument --name: …"
+        if self._is_again:
+            raise UsageError(masked(message))
         self.exit(EXIT_USAGE, f"{self.prog}: {masked(message)}; see {self.prog} --help\n")
 
-    def add_network(self) -> None:
+    def add_service(self, *, budget_bytes: int) -> None:
         """Add the options of programs that have tunnels."""
+        self.add_argument(
+            "--admin",
+            metavar="ADDRESS",
+            default="",
+            help="answer questions (/ready, /status, /metrics) at HOST:PORT or unix:/PATH",
+        )
+        self.add_argument(
+            "--admin-token-file",
+            metavar="FILE",
+            help="who asks must know what is in there: Authorization: Bearer …",
+        )
+        self.add_argument(
+            "--budget",
+            metavar="SIZE",
+            type=size_bytes,
+            default=budget_bytes,
+            help="how much may be held for slow devices and services, like 8M (default: "
+            f"{budget_bytes // UNITS_BYTES['M']}M)",
+        )
+        self.add_argument(
+            "--channel-idle",
+            metavar="TIME",
+            type=duration_s,
+            default=CHANNEL_IDLE_S,
+            help="close a connection on which nothing moves for so long (default: 1h)",
+        )
+        self.add_argument(
+            "--grace",
+            metavar="TIME",
+            type=duration_s,
+            default=GRACE_S,
+            help="how long open connections may go on after SIGTERM (default: 10s)",
+        )
         self.add_argument(
             "--congestion-control",
             metavar="NAME",
@@ -212,13 +254,20 @@ class Parser(argparse.ArgumentParser):
             help=f"{', '.join(LOG_LEVELS)} (default: info); debug has a line for each connection",
         )
 
-    def read(self, arguments: Sequence[str]) -> Options:
-        """Return the options from all sources; the log is set up then. For a program's start.
+    def read(self, arguments: Sequence[str], former: Options | None = None) -> Options:
+        """Return the options from all sources; the log is set up then.
 
-        Raises ConfigurationError, and ends the process where an argument is wrong.
+        `former` are those that were read when the program started, if it reads them again.
+        Raises ConfigurationError, and ends the process where an argument is wrong at its start.
         """
-        options = self.parse_args(arguments, Options())
-        set_up_logging(options.log_level, options.log_format)
+        options = Options()
+        if former is not None:
+            options._taken, self._is_again = former._taken, True
+        options = self.parse_args(arguments, options)
+        if former is None:
+            set_up_logging(options.log_level, options.log_format)
+        else:
+            log.root.setLevel(options.log_level.upper())
         for warning in options._warnings:
             log.warning("%s", warning)
         return options
@@ -286,7 +335,9 @@ class Parser(argparse.ArgumentParser):
         value = getattr(options, action.dest)
         if value is not None and value != "-":
             hide_argument(value)
-        return take_environment(name) or ""
+        if text := take_environment(name):
+            options._taken[name] = text
+        return options._taken.get(name, "")
 
     def _convert(
         self,

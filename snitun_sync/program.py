@@ -16,6 +16,7 @@ from .errors import (
     ConfigurationError,
     LinkError,
     ListenError,
+    NotReadyError,
     RefusedError,
     SniTunError,
     UnreadableError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .net.service import Service
 
 EXIT_OK = 0
+EXIT_NOT_READY = 1
 EXIT_USAGE = 64
 EXIT_UNREADABLE = 66
 EXIT_UNAVAILABLE = 69
@@ -44,6 +46,7 @@ _EXIT_CODES: tuple[tuple[type[SniTunError], int], ...] = (
     (ConfigurationError, EXIT_CONFIGURATION),
     (RefusedError, EXIT_REFUSED),
     (AuthenticationError, EXIT_REFUSED),
+    (NotReadyError, EXIT_NOT_READY),
     (LinkError, EXIT_UNAVAILABLE),
     (ListenError, EXIT_UNAVAILABLE),
 )
@@ -83,6 +86,19 @@ def read_text(path: str, option: str, *, is_secret: bool = True) -> str:
         return data.decode()
     except UnicodeDecodeError:
         raise UnreadableError(f"{option}: {name} is no text (UTF-8)") from None
+
+
+def read_secret(path: str | None, option: str) -> str:
+    """Return the secret in the file that `option` names, "" if it names none.
+
+    Raises UnreadableError, and ConfigurationError where nothing is in it.
+    """
+    if path is None:
+        return ""
+    text = read_text(path, option).strip()
+    if not text:
+        raise ConfigurationError(f"{option}: {path} is empty")
+    return text
 
 
 def read_fernet_keys(path: str, option: str) -> list[str]:
@@ -138,21 +154,48 @@ def _overwrite(secret: str, start_field: int, end_field: int) -> None:
         pass  # not Linux, or /proc is hidden
 
 
-def run_service(make: Callable[[], Service]) -> None:
+def run_service(
+    make: Callable[[], Service], grace_s: float, reload: Callable[[Service], float]
+) -> None:
     """Make a service and run it until it ends, or until SIGTERM or SIGINT stop it well.
 
-    Raises the SniTunError that ended it.
+    Open channels get `grace_s` seconds then; a second signal stops it at once. SIGHUP calls
+    `reload(service)` on the service's thread, which returns the new grace time or raises
+    ConfigurationError; SIGUSR1 logs how it goes. Raises the SniTunError that ended it.
     """
     service = make()
+    if "NOTIFY_SOCKET" in os.environ:
+        service.notify_manager(os.environ)
     # What is there now stays: the collector need never look at it again.
     gc.freeze()
     gc.set_threshold(COLLECT_AFTER)
 
     def stop(number: int, frame: object) -> None:
-        service.stop()
+        service.stop(grace_s)
+
+    def read_again() -> None:
+        nonlocal grace_s
+        service.reloading()
+        try:
+            grace_s = reload(service)
+            log.info("the settings were read again")
+        except ConfigurationError as error:
+            log.error("%s; the former settings stay", error)
+        service.reloaded()
+
+    def say_status() -> None:
+        from .status_command import table  # noqa: PLC0415  few ask
+
+        for line in table(service.report()):
+            log.info("%s", line)
+
+    def soon(call: Callable[[], None]) -> Callable[[int, object], None]:
+        return lambda number, frame: service.loop.call_soon_threadsafe(call)
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGHUP, soon(read_again))
+    signal.signal(signal.SIGUSR1, soon(say_status))
     _raise_descriptor_limit()
     handler = stderr_handler()
     if handler is not None:

@@ -24,8 +24,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """No test fails because the machine is slow, nor because of what the caller's shell holds."""
     hypothesis.settings.register_profile("project", deadline=None)
     hypothesis.settings.load_profile("project")
-    for name in ("SNITUN_TOKEN", "SNITUN_CRYPTO", "JOURNAL_STREAM"):
-        os.environ.pop(name, None)
+    for name in tuple(os.environ):
+        is_ours = name.startswith("SNITUN_") and name != "SNITUN_PEERS"
+        if is_ours or name in ("JOURNAL_STREAM", "NOTIFY_SOCKET", "CREDENTIALS_DIRECTORY"):
+            del os.environ[name]
     crypto = config.getoption("--crypto")
     if crypto:
         os.environ["SNITUN_CRYPTO"] = crypto

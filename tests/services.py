@@ -43,13 +43,14 @@ class Services:
         self.endpoint = endpoint or Endpoint()
         client_options = {
             name: options.pop(name)
-            for name in ("endpoint_address", "client_budget_bytes", "crypto")
+            for name in ("endpoint_address", "client_budget_bytes", "crypto", "client_options")
             if name in options
         }
         crypto = client_options.get("crypto", "")
         server_options = (
             {"budget_bytes": options.pop("budget_bytes")} if "budget_bytes" in options else {}
         )
+        server_options.update(options.pop("server_options", {}))
         self.credentials = Credentials(folder, **options)
         self.server = Server(
             [self.credentials.fernet_key], ["127.0.0.1:0"], crypto=crypto, **server_options
@@ -61,6 +62,7 @@ class Services:
             client_options.get("endpoint_address", self.endpoint.address),
             crypto=crypto,
             **({"budget_bytes": budget} if budget else {}),
+            **client_options.get("client_options", {}),
         ).start()
         assert self.client.wait_until_up(WAIT_S)
 

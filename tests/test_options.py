@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from snitun_sync import status_command
 from snitun_sync.client import cli as client_cli
 from snitun_sync.errors import ConfigurationError, TicketError, UnreadableError, UsageError
 from snitun_sync.master import cli as master_cli
@@ -43,7 +44,7 @@ def parser() -> Parser:
     options.add_argument("--once", action="store_true")
     options.add_argument("--fernet-key-file")
     options.add_argument("--peer-listen", type=duration_s, default="1m")
-    options.add_network()
+    options.add_service(budget_bytes=2**23)
     options.add_common()
     return options
 
@@ -92,8 +93,12 @@ def test_the_table_has_every_option(program: str, monkeypatch: pytest.MonkeyPatc
     """What isn't in SECTIONS can't be set by a file, and its variable is called unknown."""
     monkeypatch.undo()
     parsers: dict[str, list[Parser]] = {
-        "client": [client_cli.parser(), client_cli.show_parser()],
-        "server": [server_cli.parser()],
+        "client": [
+            client_cli.parser(),
+            client_cli.show_parser(),
+            status_command.parser("snitun-client"),
+        ],
+        "server": [server_cli.parser(), status_command.parser("snitun-server")],
         "master": [master_cli.parser()],
     }
     found = set().union(*(keys(options) for options in parsers[program]))
@@ -196,7 +201,7 @@ FILE_ERRORS = [
     ("[server]\nlog_level = info\n", r"\[server\] log_level: no such option; did you mean log-le"),
     ("[server]\nLISTEN = a:1\n", r"\[server\] LISTEN: no such option; did you mean listen\?"),
     ("[client]\nendpont = a:1\n", r"\[client\] endpont: no such option; did you mean endpoint\?"),
-    ("[server]\nzzz = a\n", r"\[server\] zzz: no such option; expected one of congestion-control"),
+    ("[server]\nzzz = a\n", r"\[server\] zzz: no such option; expected one of admin"),
     ("[server]\nconfig = x\n", r"\[server\] config: no such option"),
     ("[server]\ncheck = yes\n", r"\[server\] check: no such option"),
     ("[server]\nhelp = yes\n", r"\[server\] help: no such option"),

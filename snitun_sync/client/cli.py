@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 
 from ..errors import ConfigurationError, TicketError, UsageError
-from ..net.tuning import CLIENT_BUDGET_BYTES
-from ..options import COMMAND_LINE, SOURCES, Parser, check_service
-from ..program import main, read_text, run_service
+from ..net.tuning import CLIENT_BUDGET_BYTES, KEEPALIVE_S
+from ..options import COMMAND_LINE, SOURCES, Parser, check_service, duration_s
+from ..program import main, read_secret, read_text, run_service
 from ..protocol.aes import load
 from ..protocol.cipher import CIPHERS, IV_SIZE, KEY_SIZE
-from ..protocol.names import is_time, parse_address
+from ..protocol.names import parse_address
 from ..protocol.ticket import LINE_PREFIX, RELAY_PORT, TOKEN_PREFIX, Ticket, is_token
 from .client import Client
+from .settings import ENDPOINT, MAX_CHANNELS, RECONNECT_SPREAD_S, Settings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
+    from ..net.service import Service
     from ..options import Options
 
 PROGRAM = "snitun-client"
 TOKEN_ENVIRONMENT = "SNITUN_TOKEN"
+# systemd.exec(5): where LoadCredential= puts what it loads, and what ours is called there.
+CREDENTIALS_ENVIRONMENT = "CREDENTIALS_DIRECTORY"
+CREDENTIAL = "snitun-ticket"
 
 DESCRIPTION = """\
 Keeps a tunnel to a relay, and brings what devices send there to a local service.
 TLS runs from the device to that service: the relay sees no plaintext."""
 
 EPILOG = f"""\
-{PROGRAM} show-ticket tells what is in a ticket, without its secrets; it has a --help, too.
+{PROGRAM} show-ticket tells what is in a ticket, without its secrets, and
+{PROGRAM} status asks the running one how it is. Both have a --help, too.
 
 {SOURCES}
 
@@ -40,8 +48,14 @@ with `{LINE_PREFIX}`. Every option takes either form. Give it by one of
   --token -               from standard input
   ${TOKEN_ENVIRONMENT}           removed from the environment at once
   --token TICKET          others may see it in ps for a moment
+  LoadCredential={CREDENTIAL}:FILE   in a unit of systemd, and nothing else
 A bare Fernet token does as well, together with --server, --aes-key-file and
 --aes-iv-file (hex), and --protocol-version and --cipher where they aren't 0 and aes-cbc.
+
+SIGTERM and SIGINT stop it: open connections get the time of --grace, unless the signal comes
+once more. SIGHUP reads settings and ticket again: open connections stay, and a tunnel with
+another ticket takes over once it is proven. Only --admin, its token and --crypto stay as they
+were. SIGUSR1 logs how it goes. Under systemd it tells that, too.
 
 exit codes (sysexits.h):
    0  stopped by SIGTERM or SIGINT, or --check found nothing wrong
@@ -50,10 +64,11 @@ exit codes (sysexits.h):
   69  the relay can't be reached or the tunnel was lost (only with --once),
       or a ticket for a single connection is used up
   70  a defect of this program, or of the relay's
-  77  the relay refused the token or the key (only with --once)
+  77  the relay refused the token or the key (only with --once, or three times in a
+      row with --exit-on-refusal)
   78  the ticket or a setting is wrong
 
-Without --once it tries again after every error of the network, for ever."""
+Without --once it tries again after every failure, for ever."""
 
 SHOW_DESCRIPTION = """\
 Prints what may be shown of a ticket: neither its token nor its key. Two tickets with the
@@ -66,14 +81,74 @@ def parser() -> Parser:
     options.add_argument(
         "--endpoint",
         metavar="HOST:PORT",
-        default="127.0.0.1:443",
-        help="the local service: HOST:PORT, [IPV6]:PORT or unix:/PATH (default: 127.0.0.1:443)",
-    )
-    options.add_argument(
-        "--once", action="store_true", help="make one attempt, and exit with its reason"
+        default=ENDPOINT,
+        help=f"the local service: HOST:PORT, [IPV6]:PORT or unix:/PATH (default: {ENDPOINT})",
     )
     _add_ticket(options)
-    options.add_network()
+    options.add_argument(
+        "--proxy",
+        metavar="URL",
+        is_secret=True,
+        default="",
+        help="go through http://[USER[:PASSWORD]@]HOST[:PORT] (CONNECT) or socks5://… (port: 1080)",
+    )
+    link = options.add_argument_group("the way to the relay")
+    link.add_argument("--proxy-password-file", metavar="FILE", help="instead of the URL's password")
+    link.add_argument(
+        "--keepalive",
+        metavar="TIME",
+        type=duration_s,
+        default=KEEPALIVE_S,
+        help="ask the relay for a sign of life after so long without a byte; it has 15 s to answer "
+        "(default: 50s)",
+    )
+    link.add_argument(
+        "--reconnect-spread",
+        metavar="TIME",
+        type=duration_s,
+        default=RECONNECT_SPREAD_S,
+        help="reconnect within this time to a relay that went away, so that not all its clients "
+        "come at once (default: 10s)",
+    )
+    link.add_argument(
+        "--once", action="store_true", help="make one attempt, and exit with its reason"
+    )
+    link.add_argument(
+        "--exit-on-refusal",
+        action="store_true",
+        help="exit with 77 when the relay has refused three times in a row",
+    )
+    probe = options.add_argument_group("the self-probe")
+    probe.add_argument(
+        "--probe",
+        metavar="TIME",
+        type=duration_s,
+        default=0.0,
+        help="open the own hostname from outside, as a device would, so often, like 5m: what it "
+        "shows must be the endpoint's certificate (default: never)",
+    )
+    probe.add_argument(
+        "--probe-address",
+        metavar="HOST[:PORT]",
+        default="",
+        help="where devices find the hostname (default: the hostname itself, port 443)",
+    )
+    limits = options.add_argument_group("limits")
+    limits.add_argument(
+        "--max-channels",
+        metavar="N",
+        type=int,
+        default=MAX_CHANNELS,
+        help=f"connections of devices at a time (default: {MAX_CHANNELS})",
+    )
+    limits.add_argument(
+        "--max-new-channels",
+        metavar="N",
+        type=int,
+        default=0,
+        help="new ones in a second (default: 0, no limit)",
+    )
+    options.add_service(budget_bytes=CLIENT_BUDGET_BYTES)
     options.add_common()
     return options
 
@@ -103,24 +178,33 @@ def _add_ticket(options: Parser) -> None:
     bare.add_argument("--cipher", choices=CIPHERS, metavar="NAME", help=", ".join(CIPHERS))
 
 
-def find_ticket(options: Options) -> Ticket:
-    """Return the ticket that the options give. Raises ConfigurationError."""
+def find_ticket(options: Options, former: Ticket | None = None) -> Ticket:
+    """Return the ticket that the options give. Raises ConfigurationError.
+
+    `former` is the one that was read from standard input, when settings are read again.
+    """
     ranks = options.rank("token"), options.rank("token_file")
     if options.token is not None and ranks[0] == ranks[1]:
         raise UsageError("--token: --token-file is there, too; expected one of them, found both")
     if options.token_file is not None and ranks[1] < ranks[0]:
         source = options.source("token_file")
+        if former is not None and options.token_file == "-":
+            return former
         text = read_text(options.token_file, source)
     elif options.token == "-":
+        if former is not None:
+            return former
         text, source = read_text("-", options.source("token")), f"{options.source('token')} -"
     elif options.token is not None:
         text, source = options.token, options.source("token")
-        if ranks[0] == COMMAND_LINE:
+        if ranks[0] == COMMAND_LINE and former is None:
             logging.getLogger("snitun_sync").warning(
                 "--token on the command line can be seen in ps and in the shell's history: "
                 "better --token-file FILE, --token - or $%s",
                 TOKEN_ENVIRONMENT,
             )
+    elif path := _credential():
+        text, source = read_text(path, "LoadCredential="), "LoadCredential="
     else:
         raise UsageError(
             f"no ticket: expected --token-file FILE, --token - or ${TOKEN_ENVIRONMENT}"
@@ -143,6 +227,12 @@ def find_ticket(options: Options) -> Ticket:
         elif text.startswith(TOKEN_PREFIX):
             hint = "; a Fernet token's length is a multiple of 4: was it cut short?"
         raise TicketError(f"{source}: {error}{hint}") from None
+
+
+def _credential() -> str:
+    """Return the path of the ticket that systemd has loaded, "" if there is none."""
+    path = os.path.join(os.environ.get(CREDENTIALS_ENVIRONMENT, ""), CREDENTIAL)
+    return path if os.path.isabs(path) and os.path.exists(path) else ""
 
 
 def _bare(token: str, options: Options) -> Ticket:
@@ -183,21 +273,9 @@ def show_ticket(ticket: Ticket, crypto: str) -> dict[str, str | float | None]:
         "protocol_version": ticket.protocol_version,
         "cipher": ticket.cipher,
         "throttling": ticket.throttling,
-        "token_created": _token_created(ticket.token),
+        "token_created": ticket.created,
         "fingerprint": load(crypto).sha256(ticket.token.encode())[:4].hex(),
     }
-
-
-def _token_created(token: str) -> int | None:
-    """Return when a Fernet token was made: bytes 1 to 8, big-endian (the Fernet spec)."""
-    import base64  # noqa: PLC0415
-
-    try:
-        start = base64.urlsafe_b64decode(token[:12])
-    except ValueError:
-        return None
-    created = int.from_bytes(start[1:9], "big")
-    return created if len(start) == 9 and is_time(created) else None
 
 
 def _time(seconds: float, now: float, over: str = "") -> str:
@@ -232,29 +310,59 @@ def run(arguments: Sequence[str]) -> None:
     command = arguments[0] if arguments else ""
     if command == "show-ticket":
         _run_show_ticket(arguments[1:])
+    elif command == "status":
+        from ..status_command import run_status  # noqa: PLC0415
+
+        run_status(PROGRAM, arguments[1:])
     else:
         _run_client(arguments)
 
 
 def _run_client(arguments: Sequence[str]) -> None:
     with parser().read(arguments) as options:
-        ticket = find_ticket(options)
 
         def make() -> Client:
-            return Client(
-                ticket,
-                options.endpoint,
-                server=options.server or "",
-                once=options.once,
-                budget_bytes=CLIENT_BUDGET_BYTES,
-                crypto=options.crypto,
-                congestion_control=options.congestion_control,
-            )
+            return Client(**_settings(options))
+
+        def reload(service: Service) -> float:
+            assert isinstance(service, Client)
+            with parser().read(arguments, options) as fresh:
+                service.reconfigure(Settings(**_settings(fresh, service.settings.ticket)))
+                grace_s: float = fresh.grace
+                return grace_s
 
         if options.check:
             check_service(PROGRAM, options, make)
         else:
-            run_service(make)
+            run_service(make, options.grace, reload)
+
+
+def _settings(options: Options, former: Ticket | None = None) -> dict[str, Any]:
+    """Return what Settings take. Raises ConfigurationError."""
+    password = None
+    if options.proxy_password_file is not None:
+        password = read_secret(options.proxy_password_file, options.source("proxy_password_file"))
+    return {
+        "ticket": find_ticket(options, former),
+        "endpoint": options.endpoint,
+        "server": options.server or "",
+        "proxy": options.proxy,
+        "proxy_password": password,
+        "once": options.once,
+        "exit_on_refusal": options.exit_on_refusal,
+        "keepalive_s": options.keepalive,
+        "reconnect_spread_s": options.reconnect_spread,
+        "probe_s": options.probe,
+        "probe_address": options.probe_address,
+        "budget_bytes": options.budget,
+        "max_channels": options.max_channels,
+        "max_new_channels": options.max_new_channels,
+        "channel_idle_s": options.channel_idle,
+        "congestion_control": options.congestion_control,
+        "crypto": options.crypto,
+        "admin": options.admin,
+        "admin_token": read_secret(options.admin_token_file, "--admin-token-file"),
+    }
 
 
 def console() -> int:

@@ -1,4 +1,10 @@
-"""The client: keeps one tunnel to a relay and brings its channels to the endpoint."""
+"""The client: keeps one tunnel to a relay and brings its channels to the endpoint.
+
+At most one tunnel serves: it is proven, and new channels come through it. One more may be opening:
+the first, the next after a loss, or one that takes over because the ticket has changed. A
+tunnel whose place was taken is retired: its channels live on until they, or a grace
+time, are over.
+"""
 
 from __future__ import annotations
 
@@ -6,91 +12,137 @@ import logging
 import os
 import threading
 import time
+from collections import deque
+from enum import Enum
 from functools import partial
 
 from ..errors import (
+    DeadLinkError,
     EndpointError,
     LinkError,
     LostError,
+    RefusedError,
     SniTunError,
-    TakenOverError,
     UnreachableError,
 )
 from ..net.bridge import Bridge, BridgeState
+from ..net.dialing import blocking_dial
 from ..net.loop import Handler
+from ..net.netlink import NetworkWatch, local_address_is_gone
 from ..net.service import Service
-from ..net.sockets import blocking_connect, set_congestion_control, unpack_ip
-from ..net.tuning import CLIENT_BUDGET_BYTES, CONNECT_S
+from ..net.sockets import set_congestion_control, unpack_ip
+from ..net.tuning import CONNECT_S
 from ..net.tunnel import Tunnel, TunnelState
 from ..net.workers import Workers
 from ..protocol.aes import load
 from ..protocol.cipher import unit_cipher
 from ..protocol.handshake import ClientHandshake
-from ..protocol.names import parse_address
-from ..protocol.ticket import RELAY_PORT, Ticket
 from .endpoint import Endpoint, reason
+from .limits import Limits
+from .retry import FIRST_S, REFUSALS, Retry
+from .settings import ENDPOINT, Settings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
+    from typing import Any
 
+    from ..net.loop import Timer
+    from ..net.openmetrics import Family
     from ..protocol.aes import Aes
     from ..protocol.cipher import UnitCipher
     from ..protocol.mux import Channel
+    from ..protocol.ticket import Ticket
+    from .probe import Probe
 
 log = logging.getLogger("snitun_sync")
 
-# Reconnecting: full jitter below a limit that doubles from the first to the last.
-FIRST_RETRY_S = 1.0
-LAST_RETRY_S = 60.0
-# A tunnel that lived this long was a good one: the next retry is early again.
-GOOD_TUNNEL_S = 60.0
 # Channels that the relay opens before it has proven that it knows the key.
 HELD_CHANNELS = 256
+# The same failure again and again is said this often.
+SAY_AGAIN_S = 600.0
+ENDINGS_KEPT = 10
+# After SIGTERM: how long channels are let in that were on their way.
+SETTLE_S = 0.3
+# A retired tunnel: how often to see whether its channels are over, and for how long at most. The
+# relay gives them 10 s.
+RETIRED_CHECK_S = 1.0
+RETIRED_S = 15.0
+
+
+class ClientState(Enum):
+    """What the client is doing; see `Client.state`."""
+
+    CONNECTING = "connecting"
+    WAITING = "waiting"  # for the next attempt
+    REFUSED = "refused"  # by the relay, again and again; it still tries
+    UP = "up"
+    STOPPING = "stopping"
+
+
+class Ending:
+    """How a tunnel ended, or an attempt to open one; the same again is counted."""
+
+    __slots__ = ("count", "proven_s", "reason", "time")
+
+    def __init__(self, reason: str, proven_s: float | None) -> None:
+        self.time = time.time()  # UTC, Unix seconds, of the last one
+        self.reason = reason
+        self.proven_s = proven_s  # for how long it was proven; None: never
+        self.count = 1
 
 
 class Client(Service):
     """A client. `start` it, or `run` it on this thread; `stop` ends it.
 
     It reconnects by itself, whatever happens to the tunnel. It ends by itself only
-    after an error that no retry mends, and after a single attempt with `once`.
+    after an error that no retry mends, and where the settings say so.
     """
 
-    def __init__(
-        self,
-        ticket: Ticket | str,
-        endpoint: str = "127.0.0.1:443",
-        *,
-        server: str = "",
-        once: bool = False,
-        budget_bytes: int = CLIENT_BUDGET_BYTES,
-        crypto: str = "",
-        congestion_control: str = "",
-    ) -> None:
-        """Serve `endpoint` (HOST:PORT, [IPV6]:PORT or unix:/PATH) with a ticket, parsed or as text.
+    def __init__(self, ticket: Ticket | str, endpoint: str = ENDPOINT, **options: Any) -> None:
+        """Serve `endpoint` with a ticket; `options` are those of Settings.
 
-        `server` overrides the ticket's; `congestion_control` names one of the kernel's
-        algorithms for the tunnel. Raises ConfigurationError.
+        Raises ConfigurationError.
         """
-        self.ticket = Ticket.parse(ticket) if isinstance(ticket, str) else ticket
-        address = parse_address(endpoint, "--endpoint", can_be_unix=True)
-        self.server = parse_address(
-            server or self.ticket.server, "--server", default_port=RELAY_PORT
-        )
-        self._new_cipher(load(crypto))  # says now what the crypto package lacks
+        self.settings = settings = Settings(ticket, endpoint, **options)
+        _new_cipher(settings.ticket, load(settings.crypto))  # says now what the package lacks
         super().__init__(
-            budget_bytes=budget_bytes, crypto=crypto, congestion_control=congestion_control
+            budget_bytes=settings.budget_bytes,
+            crypto=settings.crypto,
+            congestion_control=settings.congestion_control,
+            admin=settings.admin,
+            admin_token=settings.admin_token,
         )
         self._workers = Workers(self.loop)
-        self.endpoint = Endpoint(self.loop, self._workers, address)
-        self._once = once
+        self.endpoint = Endpoint(self.loop, self._workers, settings.endpoint)
+        self.limits = Limits(self.loop, self.bridges, settings)
+        self.retry = Retry(_random, settings.reconnect_spread_s)
+        self._serving: Tunnel | None = None
+        self._opening: Tunnel | None = None
+        self._held: list[Bridge] = []  # channels of the one that is opening
+        self._attempt = 0  # the number of the latest; what comes of an earlier one is dropped
+        self._is_dialing = False
+        self._dialed_at = 0.0
+        self._retry_timer: Timer | None = None
+        self.retry_at = 0.0
+        """When the next attempt comes, in the loop's time; 0 if none waits."""
         self._is_spent = False  # a single-use key has been used
-        self._attempts = 0  # since the last good tunnel
-        self._held: list[Bridge] = []
+        self._is_refusing = False  # new channels, as it stops
+        self._network: NetworkWatch | None = None
+        self.probe: Probe | None = None
         self._up = threading.Event()
         self._is_closed = False
-        self.tunnel: Tunnel | None = None
-        """The tunnel at this moment; of the loop's thread."""
+        self._state = ClientState.CONNECTING
+        self.state_since = self.started = time.time()
+        """UTC, Unix seconds, of the last change of `state`, and of the start."""
+        self.endings: deque[Ending] = deque(maxlen=ENDINGS_KEPT)
+        """The latest last."""
+        self.attempts = self.proven = 0
+        """How many connections were tried in all, and how many tunnels were proven."""
+        self.failures: dict[str, int] = {}
+        """How many attempts and tunnels failed, by kind."""
+        self._say_again_at = 0.0
+        self._unsaid = 0
 
     def wait_until_up(self, timeout_s: float | None = None) -> bool:
         """Wait until the relay has proven itself; return whether it has.
@@ -99,68 +151,134 @@ class Client(Service):
         """
         return self._up.wait(timeout_s) and not self._is_closed
 
+    def reconfigure(self, settings: Settings) -> None:
+        """Go on with other settings; from any thread. Open channels stay.
+
+        Where ticket, relay or proxy differ, another tunnel is opened, and takes over once
+        it is proven. `crypto`, `admin` and `admin_token` stay as they are. Raises
+        ConfigurationError.
+        """
+        _new_cipher(settings.ticket, self.aes)
+        self.loop.call_soon_threadsafe(self._reconfigure, settings)
+
+    @property
+    def tunnel(self) -> Tunnel | None:
+        """The tunnel that serves, or else the one that is opening; of the loop's thread."""
+        return self._serving or self._opening
+
+    @property
+    def state(self) -> ClientState:
+        """What the client is doing."""
+        if self._is_stopping or self._is_draining:
+            return ClientState.STOPPING
+        if self._serving is not None:
+            return ClientState.UP
+        if self.retry.is_refused:
+            return ClientState.REFUSED
+        return ClientState.WAITING if self._retry_timer is not None else ClientState.CONNECTING
+
     # --- connecting ------------------------------------------------------------------
 
     def _begin(self) -> None:
-        valid = self.ticket.valid
+        super()._begin()
+        try:
+            self._network = NetworkWatch(self.loop, self._network_changed)
+        except OSError as error:
+            log.debug("changes of addresses and routes won't be noticed: %s", reason(error))
+        valid = self.settings.ticket.valid
         if valid is not None and valid <= time.time():
             log.warning(
                 "by this machine's clock (%s UTC) the ticket expired at %s UTC; trying anyway",
-                _utc(time.time()),
-                _utc(valid),
+                utc(time.time()),
+                utc(valid),
             )
+        self._start_probe()
         self._connect()
 
     def _connect(self) -> None:
-        log.info("connecting to the relay %s", self.server)
-        self._attempts += 1
-        connect = partial(blocking_connect, self.server, CONNECT_S)
-        if not self._workers.submit(connect, self._connected):
+        """Begin an attempt; drop the one that is under way, if there is one."""
+        self._drop_attempt()
+        settings = self.settings
+        via = f" by the proxy {settings.proxy}" if settings.proxy is not None else ""
+        level = logging.DEBUG if self._unsaid else logging.INFO
+        log.log(level, "connecting to the relay %s%s", settings.server, via)
+        self.attempts += 1
+        self._dialed_at = self.loop.now
+        connect = partial(blocking_dial, settings.server, CONNECT_S, settings.proxy)
+        done = partial(self._connected, self._attempt, settings)
+        self._is_dialing = self._workers.submit(connect, done)
+        if not self._is_dialing:
             self._failed(UnreachableError("no thread can be started to connect to the relay"))
+        self._note_change()
 
-    def _connected(self, sock: socket.socket | None, error: Exception | None) -> None:
-        if self._is_stopping or sock is None:
+    def _drop_attempt(self) -> None:
+        """Nothing is under way to another tunnel any more."""
+        self._attempt += 1
+        self._is_dialing = False
+        if self._retry_timer is not None:
+            self._retry_timer.cancel()
+            self._retry_timer, self.retry_at = None, 0.0
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            opening.end(LostError("another attempt has begun"))
+
+    def _connected(
+        self,
+        attempt: int,
+        settings: Settings,
+        sock: socket.socket | None,
+        error: Exception | None,
+    ) -> None:
+        if attempt != self._attempt:
             if sock is not None:
                 sock.close()
-            elif not self._is_stopping:
-                self._failed(
-                    UnreachableError(f"can't reach the relay {self.server}: {reason(error)}")
-                )
+            return
+        self._is_dialing = False
+        if sock is None:
+            self._failed(
+                UnreachableError(f"can't reach the relay {settings.server}: {reason(error)}")
+            )
             return
         try:
-            set_congestion_control(sock, self.congestion_control)
+            set_congestion_control(sock, settings.congestion_control)
         except OSError:
             pass  # it could be had at the start
-        cipher = self._new_cipher(self.aes)
-        self._is_spent = self.ticket.cipher == "aes-gcm"
-        self.tunnel = Tunnel(
+        ticket = settings.ticket
+        cipher = _new_cipher(ticket, self.aes)
+        self._is_spent = ticket.cipher == "aes-gcm"
+        self._opening = Tunnel(
             self.loop,
             self.bridges,
             Handler(sock),
             cipher,
-            ClientHandshake(cipher, self.aes, self.ticket.token),
-            self.ticket.protocol_version,
+            ClientHandshake(cipher, self.aes, ticket.token),
+            ticket.protocol_version,
             self,
             is_relay=False,
-            peer=str(self.server),
-            throttling=self.ticket.throttling,
+            peer=str(settings.server),
+            throttling=ticket.throttling,
+            keepalive_s=settings.keepalive_s,
+            channel_idle_s=settings.channel_idle_s,
         )
-        self.tunnels.add(self.tunnel)
+        self.tunnels.add(self._opening)
 
-    def _new_cipher(self, aes: Aes) -> UnitCipher:
-        ticket = self.ticket
-        return unit_cipher(
-            ticket.cipher,
-            aes,
-            ticket.aes_key,
-            ticket.aes_iv,
-            is_relay=False,
-            random=os.urandom,
-        )
-
-    def _failed(self, error: SniTunError) -> None:
+    def _failed(self, error: SniTunError, proven_s: float | None = None) -> None:
         """An attempt or a tunnel is over: try again, unless that makes no sense."""
-        if self._once:
+        text = str(error)
+        kind = next(name for type_, name in FAILURES if isinstance(error, type_))
+        self.failures[kind] = self.failures.get(kind, 0) + 1
+        was_refused = self.retry.is_refused
+        delay_s = self.retry.delay_s(error, proven_s)
+        if self.retry.is_refused is not was_refused:
+            self._say_again_at = 0.0
+        last = self.endings[-1] if self.endings else None
+        if proven_s is None and last is not None and last.reason == text:
+            last.count += 1
+            last.time = time.time()
+        else:
+            self.endings.append(Ending(text, proven_s))
+            self._say_again_at = 0.0
+        if self.settings.once:
             self._end(error)
         elif self._is_spent:
             self._end(
@@ -169,52 +287,119 @@ class Client(Service):
                     "was it: get a new ticket, or one for aes-cbc or aes-gcm-siv"
                 )
             )
+        elif self.retry.is_refused and self.settings.exit_on_refusal:
+            self._end(RefusedError(f"refused {REFUSALS} times in a row: {error}"))
         else:
-            limit_s = min(LAST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(self._attempts - 1, 16))
-            delay_s = limit_s * int.from_bytes(os.urandom(4), "big") / 2**32
-            log.warning("%s; next attempt in %.1f s", error, delay_s)
-            self.loop.call_later(delay_s, self._retry)
+            self._say(error, delay_s)
+            self._retry_in(delay_s)
+        self._note_change()
 
-    def _retry(self) -> None:
-        if not self._is_stopping:
-            self._connect()
+    def _say(self, error: SniTunError, delay_s: float) -> None:
+        """Log a failure; the same one again only now and then, with how often it came."""
+        if self.loop.now < self._say_again_at:
+            self._unsaid += 1
+            return
+        self._say_again_at = self.loop.now + SAY_AGAIN_S
+        again = f" (and {self._unsaid} times before)" if self._unsaid else ""
+        self._unsaid = 0
+        if self.retry.is_refused:
+            again += "; it refuses this client, so attempts are rarer from now on"
+        log.warning("%s%s; next attempt in %.1f s", error, again, delay_s)
+
+    def _retry_in(self, delay_s: float) -> None:
+        if self._retry_timer is not None:
+            self._retry_timer.cancel()
+        self.retry_at = self.loop.now + delay_s
+        self._retry_timer = self.loop.call_later(delay_s, self._connect)
+
+    def _network_changed(self) -> None:
+        """An address or a route has changed: see whether the tunnels are still there."""
+        if self._is_stopping:
+            return
+        for tunnel in tuple(self.tunnels):
+            if tunnel.sock is not None and local_address_is_gone(tunnel.sock):
+                tunnel.end(DeadLinkError("this machine's address of the tunnel is gone"))
+            else:
+                tunnel.probe()
+        if self._serving is not None or self._is_draining:
+            return
+        # What failed, or hangs, may go now.
+        if self._retry_timer is None and self.loop.now > self._dialed_at + FIRST_S:
+            self._drop_attempt()
+            self._retry_in(FIRST_S * _random())
+        elif self.retry_at > self.loop.now + FIRST_S:
+            self._retry_in(FIRST_S * _random())
+        self._note_change()
 
     # --- what the tunnel tells its owner -----------------------------------------------
 
     def tunnel_up(self, tunnel: Tunnel) -> None:
         """The relay has proven that it knows the key."""
-        ticket = self.ticket
+        settings, ticket = self.settings, self.settings.ticket
         log.info(
             "ready: %s at the relay %s leads to %s (version %d, %s, %.0f ms)",
             ticket.hostname or "the ticket's hostname",
-            self.server,
+            settings.server,
             self.endpoint,
             ticket.protocol_version,
             ticket.cipher,
             (self.loop.now - tunnel.started_at) * 1000,
         )
-        self._up.set()
+        former, self._serving, self._opening = self._serving, tunnel, None
+        if former is not None:
+            self._retire(former, self.loop.now + RETIRED_S)
+        self.proven += 1
+        self._say_again_at, self._unsaid = 0.0, 0
         held, self._held = self._held, []
         for bridge in held:
             self.endpoint.connect(bridge)
+        if self.probe is not None:
+            self.probe.soon()
+        self._up.set()
+        self._note_change()
+
+    def _retire(self, tunnel: Tunnel, deadline: float) -> None:
+        """Let the channels of a tunnel end whose place was taken; the relay may end it first."""
+        if tunnel.state is not TunnelState.UP:
+            return
+        if self.loop.now >= deadline or (
+            not tunnel.mux.channels and self.loop.now > deadline - RETIRED_S
+        ):
+            tunnel.finish(LostError("another tunnel has taken its place"))
+        else:
+            self.loop.call_later(RETIRED_CHECK_S, partial(self._retire, tunnel, deadline))
 
     def tunnel_ended(self, tunnel: Tunnel, error: SniTunError) -> None:
         """Say why, and try again."""
         self.tunnels.discard(tunnel)
-        self.tunnel = None
-        self._up.clear()
-        self._held.clear()
-        lived_s = self.loop.now - tunnel.started_at
-        if self._is_stopping:
-            log.info("tunnel ended after %.0f s: %s", lived_s, error)
+        proven_s = None if tunnel.proven_at is None else self.loop.now - tunnel.proven_at
+        if tunnel is self._opening:
+            self._opening = None
+            self._held.clear()
+            if not self._is_stopping:
+                self._failed(error)
+        elif tunnel is not self._serving:
+            if proven_s is not None:
+                log.info("the former tunnel ended after %.0f s: %s", proven_s, error)
         else:
-            if lived_s >= GOOD_TUNNEL_S and not isinstance(error, TakenOverError):
-                self._attempts = 0
-            self._failed(error)
+            self._serving = None
+            self._up.clear()
+            assert proven_s is not None
+            if self._is_stopping or self._is_draining:
+                log.info("tunnel ended after %.0f s: %s", proven_s, error)
+            elif not self._is_dialing and self._opening is None and self._retry_timer is None:
+                self._failed(error, proven_s)
+            else:  # another one is on its way already
+                self.endings.append(Ending(str(error), proven_s))
+                log.warning("%s", error)
+            self._note_change()
         self.tunnel_closed()
 
     def channel_opened(self, tunnel: Tunnel, channel: Channel, address: bytes) -> None:
         """A device has come: connect to the endpoint, once the relay is proven."""
+        if self._is_refusing or not self.limits.lets_in():
+            tunnel.mux.abort(channel)
+            return
         bridge = Bridge(tunnel, channel, unpack_ip(address))
         if tunnel.state is TunnelState.UP:
             # When all that came with NEW is there: it can be sent at once then.
@@ -235,13 +420,111 @@ class Client(Service):
         self.endpoint.cancel(bridge)
         super().channel_closed(bridge)
 
+    # --- settings -------------------------------------------------------------------
+
+    def _reconfigure(self, settings: Settings) -> None:
+        former, self.settings = self.settings, settings
+        self.bridges.limit_bytes = settings.budget_bytes
+        self.limits.settings = settings
+        self.endpoint.replace(settings.endpoint)
+        self.retry.spread_s = settings.reconnect_spread_s
+        for tunnel in self.tunnels:
+            tunnel.keepalive_s = settings.keepalive_s
+            tunnel.channel_idle_s = settings.channel_idle_s
+        self._start_probe()
+        if not settings.has_same_tunnel(former) and not self._is_draining:
+            self.renew()
+
+    def renew(self) -> None:
+        """Open another tunnel; it takes over once it is proven."""
+        self._is_spent = False
+        self.retry.reset()
+        self._connect()
+
+    def _start_probe(self) -> None:
+        if self.probe is not None:
+            self.probe.close()
+            self.probe = None
+        if self.settings.probe_s:
+            from .probe import Probe  # noqa: PLC0415  few want it
+
+            self.probe = Probe(self, self._workers)
+
+    # --- how it is -------------------------------------------------------------------
+
+    def ready(self) -> str:
+        """Return why no device gets through, as far as this side can know; "" if one does."""
+        state, tunnel = self.state, self._serving
+        if state is ClientState.STOPPING:
+            return "stopping"
+        if tunnel is None:
+            last = self.endings[-1].reason if self.endings else "connecting for the first time"
+            return ("refused" if state is ClientState.REFUSED else "no tunnel") + f": {last}"
+        silent_s = self.loop.now - tunnel.received_at
+        if silent_s > self.settings.proven_s:
+            return f"the relay has said nothing for {silent_s:.0f} s"
+        return self.probe.failure if self.probe is not None else ""
+
+    def summary(self) -> str:
+        """Return the state in one line, for people."""
+        state, settings = self.state, self.settings
+        since = f"since {utc(self.state_since)} UTC"
+        name = settings.ticket.hostname or "the ticket's hostname"
+        if state is ClientState.UP:
+            what = f"up {since}: {name} at the relay {settings.server} leads to {self.endpoint}"
+            failure = self.ready()
+            return f"{what}; but {failure}" if failure else what
+        text = f"{state.value} {since}"
+        if self.endings and state is not ClientState.STOPPING:
+            text += f": {self.endings[-1].reason}"
+        return text
+
+    def report(self) -> dict[str, Any]:
+        """Return what /status shows."""
+        from .status import report  # noqa: PLC0415
+
+        return report(self)
+
+    def metrics(self) -> list[Family]:
+        """Return what /metrics shows."""
+        from .status import metrics  # noqa: PLC0415
+
+        return metrics(self)
+
+    def _note_change(self) -> None:
+        """The state may have changed: note since when, and tell who wants to know."""
+        state = self.state
+        if state is not self._state:
+            self._state, self.state_since = state, time.time()
+        self.tell()
+
     # --- the end -------------------------------------------------------------------
 
+    def _begin_drain(self) -> bool:
+        self._drop_attempt()
+        if self._serving is None:
+            return False
+        self.loop.call_later(SETTLE_S, self._refuse_channels)
+        self._note_change()
+        return True
+
+    def _refuse_channels(self) -> None:
+        self._is_refusing = True
+        self._stop_if_done()
+
+    def _is_drained(self) -> bool:
+        return self._serving is None or (self._is_refusing and not self.bridges.all)
+
     def _begin_stop(self) -> None:
-        if self.tunnel is not None:
-            self.tunnel.finish(LostError("the client is stopping"))
+        self._drop_attempt()
+        for tunnel in tuple(self.tunnels):
+            tunnel.finish(LostError("the client is stopping"))
 
     def _close(self) -> None:
+        if self.probe is not None:
+            self.probe.close()
+        if self._network is not None:
+            self._network.close()
         self._workers.close()
         self.loop.run_calls()  # the sockets that the workers handed over last
         super()._close()
@@ -249,5 +532,31 @@ class Client(Service):
         self._up.set()
 
 
-def _utc(seconds: float) -> str:
+# What a failure is called in the metrics; the first that fits.
+FAILURES: tuple[tuple[type[SniTunError], str], ...] = (
+    (UnreachableError, "unreachable"),
+    (RefusedError, "refused"),
+    (DeadLinkError, "dead"),
+    (LostError, "lost"),
+    (SniTunError, "other"),
+)
+
+
+def _new_cipher(ticket: Ticket, aes: Aes) -> UnitCipher:
+    return unit_cipher(
+        ticket.cipher,
+        aes,
+        ticket.aes_key,
+        ticket.aes_iv,
+        is_relay=False,
+        random=os.urandom,
+    )
+
+
+def _random() -> float:
+    return int.from_bytes(os.urandom(4), "big") / 2**32
+
+
+def utc(seconds: float) -> str:
+    """Return UTC Unix seconds as people read them."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))

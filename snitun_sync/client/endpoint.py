@@ -32,14 +32,19 @@ class Endpoint:
     """Opens connections to one address, on the loop; a worker resolves a name."""
 
     def __init__(self, loop: Loop, workers: Workers, address: Address) -> None:
-        self._loop, self._workers, self.address = loop, workers, address
+        self._loop, self._workers = loop, workers
         self._opening: dict[Bridge, Connecting | None] = {}  # None: the name comes first
-        self._places = numeric_places(address)
-        self._resolved_until = float("inf") if self._places else 0.0
         self._is_resolving = False
+        self.replace(address)
 
     def __str__(self) -> str:
         return str(self.address)
+
+    def replace(self, address: Address) -> None:
+        """Open connections to `address` from now on."""
+        self.address = address
+        self._places = numeric_places(address)
+        self._resolved_until = float("inf") if self._places else 0.0
 
     def connect(self, bridge: Bridge) -> None:
         """Open a connection for the bridge: call its `connected`, or abort it."""
@@ -59,15 +64,24 @@ class Endpoint:
             connecting.close()
 
     def _resolve(self) -> None:
-        resolve = partial(blocking_resolve, self.address)
-        self._is_resolving = self._workers.submit(resolve, self._resolved)
+        address = self.address
+        resolve = partial(blocking_resolve, address)
+        self._is_resolving = self._workers.submit(resolve, partial(self._resolved, address))
         if not self._is_resolving:
-            self._resolved(None, OSError("no thread can be started to resolve the name"))
+            error = OSError("no thread can be started to resolve the name")
+            self._resolved(address, None, error)
 
-    def _resolved(self, places: list[Place] | None, error: Exception | None) -> None:
+    def _resolved(
+        self, address: Address, places: list[Place] | None, error: Exception | None
+    ) -> None:
         self._is_resolving = False
         waiting = [bridge for bridge, connecting in self._opening.items() if connecting is None]
-        if places is not None:
+        if address is not self.address:  # it was replaced meanwhile
+            places = self._places
+            if not places:
+                self._resolve()
+                return
+        elif places is not None:
             self._places, self._resolved_until = places, self._loop.now + RESOLVED_S
         for bridge in waiting:
             if places is not None:

@@ -110,6 +110,7 @@ class Bridge(Handler):
         self._unacknowledged = 0  # bytes that the other side had not taken at the last look
         self._timer: Timer | None = None
         tunnel.bridges.all.add(self)
+        tunnel.bridges.opened += 1
         tunnel.bridges.early_bytes += len(first)
         self._first = first
         self._first_ready()
@@ -416,7 +417,7 @@ class Bridge(Handler):
             self.tunnel.bridges.early_bytes -= len(self._first)
             self._first = b""
         self.tunnel.loop.close_socket(self)
-        self.tunnel.bridges.all.discard(self)
+        self.tunnel.bridges.ended(self)
         self.channel.receiver = None  # no cycle is left for the collector
         self._log_end()
         self.tunnel.channel_closed(self)

@@ -15,12 +15,16 @@ class Bridges:
     """See the head of this file."""
 
     __slots__ = (
+        "aborted",
         "all",
         "early_bytes",
+        "ended_received_bytes",
+        "ended_sent_bytes",
         "held_bytes",
         "holding_tunnels",
         "is_pressed",
         "limit_bytes",
+        "opened",
         "suspended",
     )
 
@@ -36,6 +40,25 @@ class Bridges:
         """Whether so much is held that no channel may hold more than it has."""
         self.suspended: set[Tunnel] = set()
         """Tunnels that are not read until there is room again."""
+        self.opened = self.aborted = 0
+        """How many bridges there were, and how many of them didn't end well."""
+        self.ended_received_bytes = self.ended_sent_bytes = 0
+        """What the channels carried that are over, as seen from the tunnel."""
+
+    def ended(self, bridge: Bridge) -> None:
+        """A bridge is over: what it carried counts."""
+        self.all.discard(bridge)
+        self.aborted += bridge.error is not None
+        self.ended_received_bytes += bridge.channel.received_bytes
+        self.ended_sent_bytes += bridge.channel.sent_bytes
+
+    def carried_bytes(self) -> tuple[int, int]:
+        """Return what all channels so far have received from the tunnel, and sent into it."""
+        channels = [bridge.channel for bridge in self.all]
+        return (
+            self.ended_received_bytes + sum(channel.received_bytes for channel in channels),
+            self.ended_sent_bytes + sum(channel.sent_bytes for channel in channels),
+        )
 
     @property
     def is_full(self) -> bool:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
             """A defect: `flush` raised `error`."""
 
 
+# Counts on while the machine is suspended (clock_gettime(2)), as the other side's clock does.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
 # poll(2)'s POLLIN and POLLOUT, which are epoll's too.
 READ = 1
 WRITE = 4
@@ -47,6 +50,11 @@ RANDOM_POOL_BYTES = 4096
 EVENTS_AT_ONCE = 256
 
 log = logging.getLogger("snitun_sync")
+
+
+def clock() -> float:
+    """Return the seconds since the machine's start; no setting of the clock changes them."""
+    return time.clock_gettime(_CLOCK)
 
 
 class Handler:
@@ -120,8 +128,8 @@ class Loop(Handler):
         self._dirty: list[Flushable] = []
         self._is_stopping = False
         self._pool, self._pool_at = b"", 0
-        self.now = time.monotonic()
-        """The monotonic time at the start of this turn, in seconds."""
+        self.now = clock()
+        """The time of `clock` at the start of this turn."""
         self.watch(self, READ)
 
     # --- sockets ---------------------------------------------------------------
@@ -219,7 +227,7 @@ class Loop(Handler):
         """Call `callback()` in `delay_s` seconds."""
         timer = Timer(self, callback)
         self._sequence += 1
-        heapq.heappush(self._timers, (time.monotonic() + delay_s, self._sequence, timer))
+        heapq.heappush(self._timers, (clock() + delay_s, self._sequence, timer))
         return timer
 
     def _timer_cancelled(self) -> None:
@@ -272,12 +280,12 @@ class Loop(Handler):
         if self._calls:
             timeout = 0.0
         elif self._timers:
-            timeout = max(0.0, self._timers[0][0] - time.monotonic())
+            timeout = max(0.0, self._timers[0][0] - clock())
         handlers = self._handlers
         ready = [
             (handlers[fd], events) for fd, events in self._poller.poll(timeout, EVENTS_AT_ONCE)
         ]
-        self.now = now = time.monotonic()
+        self.now = now = clock()
         for handler, events in ready:
             if events & ~(READ | WRITE):
                 events = READ | WRITE  # an error or a hang-up: reading or writing tells

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 
-from ..errors import LostError, MisuseError, SniTunError
+from ..errors import LostError, MisuseError, SniTunError, UsageError
 from ..protocol.aes import load
+from ..protocol.names import parse_address
 from .bridges import Bridges
 from .loop import Loop
 from .sockets import check_congestion_control
@@ -19,11 +21,15 @@ from .tuning import STOP_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import MutableMapping
     from types import TracebackType
-    from typing import TypeVar
+    from typing import Any, TypeVar
 
     from ..protocol.aes import Aes
+    from .admin import Admin
     from .bridge import Bridge
+    from .notify import Notifier
+    from .openmetrics import Family
     from .tunnel import Tunnel
 
     Self = TypeVar("Self", bound="Service")
@@ -35,26 +41,51 @@ class Service:
     """Base of Client and Server. It can be run once; all its methods may be called from any thread.
 
     Subclasses say what happens on the loop's thread: `_open` (sockets that listen;
-    still on the caller's thread), `_begin`, `_begin_stop`.
+    still on the caller's thread), `_begin`, `_begin_drain`, `_begin_stop`; and how they
+    are: `ready`, `summary`, `report`, `metrics`.
     """
 
     def __init__(
-        self, *, budget_bytes: int, crypto: str = "", congestion_control: str = ""
+        self,
+        *,
+        budget_bytes: int,
+        crypto: str = "",
+        congestion_control: str = "",
+        admin: str = "",
+        admin_token: str = "",
     ) -> None:
         """`budget_bytes` bounds the payload that all channels together may hold.
 
-        Raises ConfigurationError where `crypto` or `congestion_control` can't be had.
+        `admin` is where questions are answered (see admin.py), `admin_token` what those who
+        ask must know. Raises ConfigurationError where `crypto` or `congestion_control` can't be
+        had.
         """
         if congestion_control:
             check_congestion_control(congestion_control)
+        if admin_token and not admin:
+            raise UsageError("--admin-token-file: only with --admin")
+        admin_address = None
+        if admin:
+            admin_address = parse_address(admin, "--admin", can_be_unix=True, can_be_any=True)
         self.congestion_control = congestion_control
         self.aes: Aes = load(crypto)
         self.loop = Loop()
         self.bridges = Bridges(budget_bytes)
         self.tunnels: set[Tunnel] = set()
+        self.admin: Admin | None = None
+        """Who answers questions, where that was asked for."""
+        if admin_address is not None:
+            from .admin import Admin  # noqa: PLC0415  not everybody wants it
+            from .pages import pages  # noqa: PLC0415
+
+            self.admin = Admin(self.loop, admin_address, pages(self), token=admin_token)
+        self._notifier: Notifier | None = None
+        self._is_announced = False  # to the service manager: it was ready once
+        self.started = time.time()
+        """UTC, Unix seconds."""
         self._ident: int | None = None
         self._begun = threading.Lock()  # taken once, by whoever comes first: a start or a stop
-        self._is_started = self._is_stopping = False
+        self._is_started = self._is_draining = self._is_stopping = False
         self._ended = threading.Event()
         self.error: SniTunError | None = None
         """What ended the service by itself; None while it lives and after `stop`."""
@@ -93,16 +124,40 @@ class Service:
             raise self.error
         return True
 
-    def stop(self) -> None:
+    def stop(self, grace_s: float = 0.0) -> None:
         """End the service well, in a few seconds at most, and wait for it.
 
-        On the loop's own thread, or in a signal handler above `run`, it doesn't wait.
+        Open channels get `grace_s` seconds more to end by themselves, unless it is called once
+        more; new ones get no more. On the loop's own thread, or in a signal handler above
+        `run`, it doesn't wait.
         """
         if self._begun.acquire(blocking=False):
             self._free()
-        self.loop.call_soon_threadsafe(self._stop)
+        if grace_s > 0:
+            self.loop.call_soon_threadsafe(self._drain, grace_s)
+        else:
+            self.loop.call_soon_threadsafe(self._stop)
         if threading.get_ident() != self._ident:
             self._ended.wait()
+
+    def notify_manager(self, environment: MutableMapping[str, str]) -> None:
+        """Tell the service manager that `environment` names how it goes (see notify.py).
+
+        Before the service runs. It finds nothing of it in `environment` any more.
+        """
+        from .notify import Notifier  # noqa: PLC0415  only under systemd
+
+        self._notifier = Notifier.from_environment(self.loop, environment)
+
+    def reloading(self) -> None:
+        """Settings are about to be read again; on the loop's thread."""
+        if self._notifier is not None:
+            self._notifier.reloading()
+
+    def reloaded(self) -> None:
+        """They have been, with success or not."""
+        if self._notifier is not None and self._is_announced:
+            self._notifier.ready(self.summary())
 
     def __enter__(self: Self) -> Self:
         return self.start()
@@ -122,9 +177,48 @@ class Service:
 
     def _begin(self) -> None:
         """The loop is about to run."""
+        if self.admin is not None:
+            self.admin.begin()
+        if self._notifier is not None:
+            self._notifier.begin()
+
+    def _begin_drain(self) -> bool:
+        """Take nothing new any more; return whether there is something to wait for."""
+        return False
+
+    def _is_drained(self) -> bool:
+        """Tell whether nothing is left to wait for."""
+        return not self.bridges.all
 
     def _begin_stop(self) -> None:
         """Accept and open nothing any more; finish all tunnels."""
+
+    def ready(self) -> str:
+        """Return why nobody is served, as far as this side can know; "" if somebody could be."""
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """Return how it goes in one line, for people."""
+        raise NotImplementedError
+
+    def report(self) -> dict[str, Any]:
+        """Return how it goes, in JSON's types."""
+        raise NotImplementedError
+
+    def metrics(self) -> list[Family]:
+        """Return how it goes, in numbers."""
+        raise NotImplementedError
+
+    def tell(self) -> None:
+        """How it goes has changed: tell the service manager."""
+        notifier = self._notifier
+        if notifier is None:
+            return
+        if self._is_announced or self.ready():
+            notifier.status(self.summary())
+        else:
+            self._is_announced = True
+            notifier.ready(self.summary())
 
     def _end(self, error: SniTunError | None) -> None:
         """End by itself, for the reason given, once channels have delivered what they hold."""
@@ -153,6 +247,8 @@ class Service:
             return False
         self._is_started = True
         try:
+            if self.admin is not None:
+                self.admin.open()
             self._open()
         except BaseException:
             self._free()
@@ -176,16 +272,36 @@ class Service:
         finally:
             self._ended.set()
 
+    def _drain(self, grace_s: float) -> None:
+        if self._is_draining or self._is_stopping:
+            self._stop()
+            return
+        self._is_draining = True
+        if self._notifier is not None:
+            self._notifier.stopping()
+        if self._begin_drain():
+            if self.bridges.all:
+                log.info("stopping: %d channels have %g s to end", len(self.bridges.all), grace_s)
+            self.loop.call_later(grace_s, self._stop)
+            self._stop_if_done()
+        else:
+            self._stop()
+
     def _stop(self) -> None:
         if not self._is_stopping:
             self._is_stopping = True
+            if self._notifier is not None and not self._is_draining:
+                self._notifier.stopping()
             self.loop.call_later(STOP_S, self.loop.stop)
             self._begin_stop()
             self._stop_if_done()
 
     def _stop_if_done(self) -> None:
-        if self._is_stopping and not self.tunnels and not self.bridges.all:
-            self.loop.stop()
+        if self._is_stopping:
+            if not self.tunnels and not self.bridges.all:
+                self.loop.stop()
+        elif self._is_draining and self._is_drained():
+            self._stop()
 
     def _close(self) -> None:
         """Free what is left."""
@@ -193,4 +309,7 @@ class Service:
             bridge.abort(LostError("stopped"))
         for tunnel in tuple(self.tunnels):
             tunnel.end(LostError("stopped"))
+        for part in (self.admin, self._notifier):
+            if part is not None:
+                part.close()
         self.loop.close()

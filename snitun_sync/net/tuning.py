@@ -65,9 +65,13 @@ PROVING_FRAMES = 1024
 HANDSHAKE_S = 10.0
 # Published relays cut a tunnel on which nothing moved for 90 s; their clients ping at 50 s.
 KEEPALIVE_S = 50.0
-# A PING that nothing follows; and one whose pong waits behind DATA on a slow line.
+# A PING that nothing follows; one that asks because something has changed; and one whose pong
+# waits behind DATA on a slow line.
 ANSWER_S = 15.0
+PROBE_S = 3.0
 PONG_S = 90.0
+# A timer that comes so late: the process was stopped, or the machine slept.
+LATE_S = 5.0
 SILENCE_S = 120.0
 # A channel idle in both directions: a device that vanished without a word.
 CHANNEL_IDLE_S = 3600.0

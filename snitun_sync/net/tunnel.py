@@ -5,9 +5,12 @@
 
 Nothing so far proves to a client that the relay knows the key: a recorded stream
 could be replayed to it. So it sends a PING with a random id behind its answer, and
-counts as up when the pong with that id has come. Before, it sends nothing more:
+counts as up, proven, when the pong with that id has come. Before, it sends nothing more:
 whatever it answered could help somebody without the key to forge that pong. Channels
 that the relay opens meanwhile are the owner's to hold.
+
+A link that died in silence is found by keepalive: after `keepalive_s` without a byte in one
+direction a PING, and the tunnel ends when no byte follows that. Only received bytes count.
 
 Back-pressure goes three steps: PAUSE at a channel's high watermark (bridge.py);
 when the process holds all that it may, the tunnel goes unread for some seconds;
@@ -23,9 +26,11 @@ from enum import Enum
 from ..errors import (
     AuthenticationError,
     ChannelError,
+    DeadLinkError,
     LostError,
     RefusedError,
     SniTunError,
+    StrangerError,
     TakenOverError,
     ViolationError,
 )
@@ -40,7 +45,7 @@ from ..protocol.frame import (
 from ..protocol.mux import Mux
 from .bridge import Bridge
 from .loop import READ, WRITE, Handler
-from .sockets import host_text, limit_unsent, path_rate, unpack_ip
+from .sockets import host_text, limit_unacknowledged, limit_unsent, path_rate, unpack_ip
 from .tuning import (
     ANSWER_S,
     CHANNEL_IDLE_S,
@@ -52,6 +57,7 @@ from .tuning import (
     IOV_MAX,
     JOIN_BYTES,
     KEEPALIVE_S,
+    LATE_S,
     LEAST_IN_FLIGHT_BYTES,
     LEAST_TURN_BYTES,
     LEAST_UNSENT_BYTES,
@@ -59,6 +65,7 @@ from .tuning import (
     MEASURE_S,
     OUTPUT_LIMIT_BYTES,
     PONG_S,
+    PROBE_S,
     PROVING_FRAMES,
     SILENCE_S,
     SUSPEND_S,
@@ -114,7 +121,9 @@ class Tunnel(Handler):
     """See the head of this file. It owns its socket, its mux and the channels in it."""
 
     __slots__ = (
+        "_answer_s",
         "_asked_at",
+        "_check_at",
         "_fresh",
         "_goaway",
         "_goaway_at",
@@ -127,19 +136,23 @@ class Tunnel(Handler):
         "_owner",
         "_ping_id",
         "_queue",
-        "_received_at",
         "_sent_at",
         "_suspension",
         "_throttle_timer",
         "_timer",
         "_unsent_limit",
         "bridges",
+        "channel_idle_s",
         "error",
         "held_bytes",
         "is_relay",
+        "keepalive_s",
         "loop",
         "mux",
         "peer",
+        "proven_at",
+        "received_at",
+        "round_trip_s",
         "started_at",
         "state",
         "turn_bytes",
@@ -158,12 +171,14 @@ class Tunnel(Handler):
         is_relay: bool,
         peer: str,
         throttling: int | None = None,
+        keepalive_s: float = 0.0,
+        channel_idle_s: float = 0.0,
     ) -> None:
         """Start the handshake on the socket of `arrival`, which is the tunnel's now.
 
         The socket is connected and tuned, and maybe watched already.
         `peer` is the other side's address as text, `throttling` the most DATA frames
-        to send in a second.
+        to send in a second; `keepalive_s` is the client's; 0 stands for the defaults.
         """
         super().__init__()
         self.loop, self.bridges, self._owner = loop, bridges, owner
@@ -172,6 +187,12 @@ class Tunnel(Handler):
         self.state = TunnelState.OPENING
         self.error: SniTunError | None = None
         """Why the tunnel ended: the first reason wins."""
+        self.proven_at: float | None = None
+        """When the other side had proven itself; None before."""
+        self.round_trip_s: float | None = None
+        """How long the last pong took to come."""
+        self.keepalive_s = keepalive_s or KEEPALIVE_S
+        self.channel_idle_s = channel_idle_s or CHANNEL_IDLE_S
         self.held_bytes = 0
         self._handshake: Handshake | None = handshake
         self._queue = bytearray()  # sealed, in the order of the wire; the socket was full
@@ -186,15 +207,19 @@ class Tunnel(Handler):
         self._in_flight_limit = LEAST_IN_FLIGHT_BYTES
         self._unsent_limit = LEAST_UNSENT_BYTES
         self._measure_at = 0.0
-        self.started_at = self._received_at = self._sent_at = loop.now
+        self.started_at = self.received_at = self._sent_at = loop.now
         self._ping_id = b""
         self._asked_at: float | None = None  # when the PING was sent whose pong is awaited
+        self._answer_s = ANSWER_S  # how soon any byte must follow it
+        self._check_at = 0.0
         self._goaway: SniTunError | None = None
         self._goaway_at = 0.0
         self._timer: Timer | None = loop.call_later(HANDSHAKE_S, self._handshake_overdue)
         loop.hand_over(arrival, self)
         assert self.sock is not None
         limit_unsent(self.sock, LEAST_UNSENT_BYTES)
+        if not is_relay:
+            limit_unacknowledged(self.sock, self.keepalive_s + ANSWER_S)
         self._write([handshake.first()])
         self._update()
 
@@ -236,6 +261,7 @@ class Tunnel(Handler):
 
     def _up(self) -> None:
         self.state = TunnelState.UP
+        self.proven_at = self.loop.now
         self.output_ready()
         if self._timer is not None:
             self._timer.cancel()
@@ -380,7 +406,7 @@ class Tunnel(Handler):
         if not data:
             self.end(self._link_error(None))
             return
-        self._received_at = self.loop.now
+        self.received_at = self.loop.now
         if self.state is TunnelState.ENDING:
             return  # drained
         failure = None
@@ -390,7 +416,7 @@ class Tunnel(Handler):
             self.mux.receive(data)
             if self.state is TunnelState.PROVING and self.mux.queued_frames > PROVING_FRAMES:
                 raise ViolationError("too many frames before the answer to the first PING")
-        except (AuthenticationError, ViolationError) as error:
+        except (AuthenticationError, StrangerError, ViolationError) as error:
             failure = error
         fresh, self._fresh = self._fresh, []
         for bridge in fresh:
@@ -418,7 +444,8 @@ class Tunnel(Handler):
         self._owner.channel_closed(bridge)
 
     def pong_received(self, ping_id: bytes) -> None:
-        if ping_id == self._ping_id:
+        if ping_id == self._ping_id and self._asked_at is not None:
+            self.round_trip_s = self.loop.now - self._asked_at
             self._asked_at = None
             if self.state is TunnelState.PROVING:
                 self._up()
@@ -505,14 +532,24 @@ class Tunnel(Handler):
             # The peer was not silent, we did not listen: its time starts anew.
             if self._asked_at is not None:
                 self._asked_at = self.loop.now
-            self._received_at = self.loop.now
+            self.received_at = self.loop.now
             self._update()
 
     # --- keepalive -----------------------------------------------------------------
 
+    def probe(self) -> None:
+        """Something has changed: end soon if the other side doesn't answer a PING."""
+        if self.state is TunnelState.UP and not self.is_relay and self._suspension is None:
+            self._ping()
+            self._answer_s = PROBE_S
+            if self._timer is not None:
+                self._timer.cancel()
+            self._check()
+
     def _ping(self, extra: bytes = EXTRA_PING) -> None:
         self._ping_id = self.mux.ping(extra)
         self._asked_at = self.loop.now
+        self._answer_s = ANSWER_S
 
     @property
     def _alive_at(self) -> float:
@@ -522,35 +559,48 @@ class Tunnel(Handler):
         queued for it, by taking something.
         """
         if len(self._queue) < OUTPUT_LIMIT_BYTES:
-            return self._received_at
-        return max(self._received_at, self._sent_at)
+            return self.received_at
+        return max(self.received_at, self._sent_at)
 
     def _check(self) -> None:
         """See whether the peer still lives, and which channels don't."""
+        self._timer = None
         now, asked_at = self.loop.now, self._asked_at
         is_overdue = False
+        if self._check_at and now > self._check_at + LATE_S:
+            # This process or machine slept: whatever has come meanwhile is read first.
+            self._check_at = 0.0
+            if asked_at is not None:
+                self._asked_at = now
+            elif not self.is_relay:
+                self._ping()
+                self._answer_s = PROBE_S
+            self._timer = self.loop.call_later(1.0, self._check)
+            return
         if self.is_relay:
             left_s = self._alive_at + SILENCE_S - now
             is_overdue = left_s <= 0.001
         elif asked_at is not None:
-            left_s = min(max(self._alive_at, asked_at) + ANSWER_S, asked_at + PONG_S) - now
+            answer_s = self._answer_s if self.received_at <= asked_at else ANSWER_S
+            left_s = min(max(self._alive_at, asked_at) + answer_s, asked_at + PONG_S) - now
             is_overdue = left_s <= 0.001
         else:
-            left_s = min(self._received_at, self._sent_at) + KEEPALIVE_S - now
+            left_s = min(self.received_at, self._sent_at) + self.keepalive_s - now
             if left_s <= 0.001:
                 self._ping()
                 left_s = ANSWER_S
         if is_overdue and self._suspension is None:
             what = "was silent" if self._asked_at is None else "answered no PING"
             since_s = now - (self._alive_at if asked_at is None else asked_at)
-            self.end(LostError(f"the other side {what} for {since_s:.0f} s"))
+            self.end(DeadLinkError(f"the other side {what} for {since_s:.0f} s"))
             return
-        self._timer = self.loop.call_later(max(left_s, 1.0), self._check)
-        self._abort_idle(now - CHANNEL_IDLE_S)
+        left_s = max(min(left_s, self.channel_idle_s), 1.0)
+        self._timer, self._check_at = self.loop.call_later(left_s, self._check), now + left_s
+        self._abort_idle(now - self.channel_idle_s)
 
     def _abort_idle(self, limit: float) -> None:
         for bridge in [b for b in self.live_bridges() if b.active_at < limit]:
-            bridge.abort(ChannelError(f"idle for {CHANNEL_IDLE_S:.0f} s"))
+            bridge.abort(ChannelError(f"idle for {self.channel_idle_s:.0f} s"))
 
     def live_bridges(self) -> list[Bridge]:
         """Return the bridges of channels that are open."""

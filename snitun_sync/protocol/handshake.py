@@ -10,7 +10,7 @@ and pass on `rest`: frames may arrive in the same segment.
 
 from __future__ import annotations
 
-from ..errors import AuthenticationError
+from ..errors import AuthenticationError, StrangerError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 
 CHALLENGE_SIZE = 32
 RANDOM_SIZE = 40  # bytes; documents that say 40 bits are wrong
+# What others than relays say first. No challenge starts so, but one in 2**40.
+STRANGERS = (
+    (b"HTTP/", "a web server: a captive portal, or a proxy"),
+    (b"SSH-2", "an SSH server"),
+    (b"\x15\x03\x01\0\2", "a TLS server"),  # an alert
+    (b"\x15\x03\x03\0\2", "a TLS server"),
+)
 
 
 class Handshake:
@@ -76,6 +83,17 @@ class ClientHandshake(Handshake):
 
     def first(self) -> bytes:
         return self._token.encode("ascii")
+
+    def receive(self, data: bytes | memoryview) -> bytes:
+        """Take the next bytes; return the answer to the challenge, or nothing yet.
+
+        Raises StrangerError where something else than a relay answers.
+        """
+        first = bytes(self._received[:5]) + bytes(data[:5])
+        for start, who in STRANGERS:
+            if first.startswith(start):
+                raise StrangerError(f"no relay answers at its address, but {who}")
+        return super().receive(data)
 
     def _unit_received(self, unit: bytes) -> bytes:
         return self._cipher.seal([self._aes.sha256(unit)])[0]

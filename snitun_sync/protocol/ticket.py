@@ -82,6 +82,17 @@ class Ticket:
         self.protocol_version, self.cipher = min(protocol_version, 2), cipher
         self.throttling = throttling or None
 
+    @property
+    def created(self) -> int | None:
+        """When the token was made, UTC Unix seconds: in a Fernet token anybody can read that."""
+        import base64  # noqa: PLC0415
+
+        try:
+            created = int.from_bytes(base64.urlsafe_b64decode(self.token[:12])[1:9], "big")
+        except ValueError:
+            return None
+        return created if is_time(created) else None
+
     def __repr__(self) -> str:
         return (
             f"<Ticket {self.hostname or '?'} at {self.server}, version {self.protocol_version}, "

@@ -58,22 +58,32 @@ class Listener(Handler):
         if self.sock is not None:
             self._loop.watch(self, READ)
 
+    def accept_all(self) -> None:
+        """Accept whatever waits to be."""
+        while self.sock is not None and self._accept():
+            pass
+
     def on_ready(self, events: int) -> None:
+        self._accept()
+
+    def _accept(self) -> bool:
+        """Accept some connections; return whether there may be more."""
         assert self.sock is not None
         for _ in range(ACCEPTS_AT_ONCE):
             try:
                 sock, place = self.sock.accept()
             except BlockingIOError:
-                return
+                return False
             except OSError as error:
                 if error.errno in _EXHAUSTED:
                     log.error("can't accept: %s; next try in %.0f s", error, ACCEPT_PAUSE_S)
                     self._loop.watch(self, 0)
                     self._loop.call_later(ACCEPT_PAUSE_S, self.listen)
-                    return
+                    return False
                 continue  # that one is gone already
             sock.setblocking(False)
             Arrival(self._server, self, sock, place[0], place[1])
+        return True
 
     def fail(self, error: Exception) -> None:
         pass  # the loop has logged it; the other connections are not to blame
@@ -110,6 +120,7 @@ class Arrival(Handler):
         self._deadline = server.loop.now + HANDSHAKE_S
         self._timer: Timer = server.loop.call_later(HANDSHAKE_S, self._overdue)
         server.arrivals.add(self)
+        server.accepted += 1
         server.loop.watch(self, READ)
 
     def __str__(self) -> str:
@@ -140,6 +151,7 @@ class Arrival(Handler):
         self._server.arrivals.discard(self)
         self._server.bridges.early_bytes -= self._early_bytes
         self._early_bytes = 0
+        self._server.arrival_closed()
 
     def fail(self, error: Exception) -> None:
         self.close()
@@ -199,13 +211,17 @@ class Arrival(Handler):
             log.debug("%s: %s", self, error)
             self.close()
         except TokenError as error:
+            self._server.refused_clients += 1
             log.warning("%s: refused: %s", self, error)
             self.close()
 
     def _overdue(self) -> None:
         if self._token is None:
             log.debug("%s: no ClientHello within %.0f s", self, HANDSHAKE_S)
-        elif self._token.is_plausible:
+            self.close()
+            return
+        self._server.refused_clients += 1
+        if self._token.is_plausible:
             log.warning("%s: refused: the token matches none of the Fernet keys", self)
         else:
             log.warning("%s: refused: no whole token within %.0f s", self, HANDSHAKE_S)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 
+from ..net.tuning import RELAY_BUDGET_BYTES
 from ..options import SOURCES, Parser, check_service
-from ..program import main, read_fernet_keys, run_service
+from ..program import main, read_fernet_keys, read_secret, run_service
 from .server import Server
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from ..net.service import Service
+    from ..options import Options
 
 PROGRAM = "snitun-server"
 
@@ -19,10 +23,16 @@ The relay: takes devices' TLS connections, finds their hostname in the ClientHel
 passes them on, as they are, through the tunnel of the client that serves that name."""
 
 EPILOG = f"""\
+{PROGRAM} status asks the running one how it is; it has a --help, too.
+
 The file of --fernet-key-file has one key a line (`snitun-master new-key` makes one), the
 newest first; # starts a comment. Tokens made with any of them are accepted.
 
 {SOURCES}
+
+SIGTERM and SIGINT stop it: open connections get the time of --grace, unless the signal comes
+once more. SIGHUP reads settings and keys again; of the settings, --channel-idle, --grace and
+--log-level count from then on. SIGUSR1 logs how it goes. Under systemd it tells that, too.
 
 exit codes (sysexits.h):
    0  stopped by SIGTERM or SIGINT, or --check found nothing wrong
@@ -54,29 +64,53 @@ def parser() -> Parser:
         default=(),
         help="where clients connect; --listen is for devices alone then; repeatable",
     )
-    options.add_network()
+    options.add_service(budget_bytes=RELAY_BUDGET_BYTES)
     options.add_common()
     return options
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run the relay with these arguments until it ends. Raises SniTunError."""
+    """Do what the arguments ask for: a command, or run the relay. Raises SniTunError."""
+    if arguments and arguments[0] == "status":
+        from ..status_command import run_status  # noqa: PLC0415
+
+        run_status(PROGRAM, arguments[1:])
+    else:
+        _run_relay(arguments)
+
+
+def _run_relay(arguments: Sequence[str]) -> None:
     with parser().read(arguments) as options:
-        keys = read_fernet_keys(options.fernet_key_file, options.source("fernet_key_file"))
 
         def make() -> Server:
             return Server(
-                keys,
+                _keys(options),
                 options.listen,
                 options.peer_listen,
+                budget_bytes=options.budget,
+                channel_idle_s=options.channel_idle,
                 crypto=options.crypto,
                 congestion_control=options.congestion_control,
+                admin=options.admin,
+                admin_token=read_secret(options.admin_token_file, "--admin-token-file"),
             )
+
+        def reload(service: Service) -> float:
+            assert isinstance(service, Server)
+            with parser().read(arguments, options) as fresh:
+                if fresh.fernet_key_file != "-":
+                    service.reconfigure(_keys(fresh), channel_idle_s=fresh.channel_idle)
+                grace_s: float = fresh.grace
+                return grace_s
 
         if options.check:
             check_service(PROGRAM, options, make)
         else:
-            run_service(make)
+            run_service(make, options.grace, reload)
+
+
+def _keys(options: Options) -> list[str]:
+    return read_fernet_keys(options.fernet_key_file, options.source("fernet_key_file"))
 
 
 def console() -> int:

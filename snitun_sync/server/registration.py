@@ -77,6 +77,7 @@ class Registration:
             self,
             is_relay=True,
             peer=host_text(self.host, self.port),
+            channel_idle_s=server.channel_idle_s,
         )
         arrival.close()
         self._expiry: Timer | None = None
@@ -112,7 +113,10 @@ class Registration:
         for timer in (self._expiry, self._grace):
             if timer is not None:
                 timer.cancel()
-        level = logging.WARNING if isinstance(error, REFUSALS) else logging.INFO
+        level = logging.INFO
+        if isinstance(error, REFUSALS):
+            level = logging.WARNING
+            server.refused_clients += 1
         log.log(
             level,
             "%s: tunnel ended after %.0f s: %s",

@@ -15,7 +15,7 @@ from ..errors import ConfigurationError, ListenError, LostError, TokenError
 from ..net.bridge import Bridge
 from ..net.service import Service
 from ..net.sockets import host_text, listen, pack_ip
-from ..net.tuning import RELAY_BUDGET_BYTES
+from ..net.tuning import CHANNEL_IDLE_S, RELAY_BUDGET_BYTES
 from ..protocol.cipher import unit_cipher
 from ..protocol.frame import STOPPING
 from ..protocol.hello import ALERT_INTERNAL_ERROR, ALERT_UNRECOGNIZED_NAME
@@ -27,6 +27,9 @@ from .registration import Registration
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
+
+    from ..net.openmetrics import Family
 
 log = logging.getLogger("snitun_sync")
 
@@ -49,8 +52,11 @@ class Server(Service):
         peer_listen: Sequence[str] = (),
         *,
         budget_bytes: int = RELAY_BUDGET_BYTES,
+        channel_idle_s: float = CHANNEL_IDLE_S,
         crypto: str = "",
         congestion_control: str = "",
+        admin: str = "",
+        admin_token: str = "",
     ) -> None:
         """`fernet_keys` are texts, the newest first. Raises ConfigurationError."""
         self._addresses = [
@@ -63,14 +69,23 @@ class Server(Service):
         ]
         check_fernet_keys(fernet_keys)
         super().__init__(
-            budget_bytes=budget_bytes, crypto=crypto, congestion_control=congestion_control
+            budget_bytes=budget_bytes,
+            crypto=crypto,
+            congestion_control=congestion_control,
+            admin=admin,
+            admin_token=admin_token,
         )
+        self.channel_idle_s = channel_idle_s
         self.fernet = Fernet(fernet_keys, self.aes)
         self.arrivals: set[Arrival] = set()
         self.routes: dict[str, Registration] = {}
         """Which client a hostname leads to."""
         self.takeovers = 0
         """How often a client has lost a name to another connection."""
+        self.accepted = self.refused_clients = self.refused_devices = 0
+        """Connections; clients without a good token or key; devices that no client serves."""
+        self.opened_tunnels = 0
+        """How many clients have answered their challenge."""
         self.ports: list[int] = []
         """The ports that are listened on, in the order of the addresses given."""
         self._listeners: list[Listener] = []
@@ -98,7 +113,22 @@ class Server(Service):
                     Listener(self, sock, takes_devices=takes_devices, takes_clients=takes_clients)
                 )
 
+    def reconfigure(self, fernet_keys: Sequence[str], *, channel_idle_s: float) -> None:
+        """Take tokens of these keys from now on; tunnels stay. From any thread.
+
+        Raises ConfigurationError.
+        """
+        check_fernet_keys(fernet_keys)
+        fernet = Fernet(fernet_keys, self.aes)
+        self.loop.call_soon_threadsafe(self._reconfigure, fernet, channel_idle_s)
+
+    def _reconfigure(self, fernet: Fernet, channel_idle_s: float) -> None:
+        self.fernet, self.channel_idle_s = fernet, channel_idle_s
+        for tunnel in self.tunnels:
+            tunnel.channel_idle_s = channel_idle_s
+
     def _begin(self) -> None:
+        super()._begin()
         for listener in self._listeners:
             listener.listen()
         for (address, takes_devices, takes_clients), port in zip(self._addresses, self.ports):
@@ -108,6 +138,50 @@ class Server(Service):
                 if takes
             )
             log.info("listening on %s for %s", host_text(address.host or "*", port), who)
+        self.tell()
+
+    # --- how it is -------------------------------------------------------------------
+
+    def ready(self) -> str:
+        """Return why nobody is served, "" if somebody could be."""
+        return "stopping" if self._is_stopping or self._is_draining else ""
+
+    def summary(self) -> str:
+        """Return how it goes in one line, for people."""
+        if reason := self.ready():
+            return reason
+        listens = ", ".join(
+            host_text(address.host or "*", port)
+            for (address, _, _), port in zip(self._addresses, self.ports)
+        )
+        return f"listening on {listens}; {len(self.tunnels)} clients"
+
+    def report(self) -> dict[str, Any]:
+        """Return what /status shows."""
+        from .status import report  # noqa: PLC0415  not everybody asks
+
+        return report(self)
+
+    def metrics(self) -> list[Family]:
+        """Return what /metrics shows."""
+        from .status import metrics  # noqa: PLC0415
+
+        return metrics(self)
+
+    # --- the end ---------------------------------------------------------------------
+
+    def _begin_drain(self) -> bool:
+        for listener in self._listeners:
+            listener.accept_all()  # who waits in the queue came before the end
+            self.loop.close_socket(listener)
+        return True
+
+    def _is_drained(self) -> bool:
+        return not self.bridges.all and not self.arrivals
+
+    def arrival_closed(self) -> None:
+        """It is clear what an arrival was, or it is gone."""
+        self._stop_if_done()
 
     def _begin_stop(self) -> None:
         self._close_listeners()
@@ -130,6 +204,7 @@ class Server(Service):
         """A device wants to go to `hostname`; `arrival.received` is for whoever serves it."""
         registration = self.routes.get(hostname)
         if registration is None:
+            self.refused_devices += 1
             is_known = hostname in self._known
             log.debug("%s: %r is %s", arrival, hostname, "away" if is_known else "not known")
             arrival.refuse(ALERT_INTERNAL_ERROR if is_known else ALERT_UNRECOGNIZED_NAME)
@@ -173,6 +248,7 @@ class Server(Service):
 
     def register(self, registration: Registration) -> None:
         """Lead all names of a tunnel that has just come up to it."""
+        self.opened_tunnels += 1
         for name in registration.payload.names:
             self._known.add(name, registration.payload.valid)
             old = self.routes.get(name)

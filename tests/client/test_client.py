@@ -10,12 +10,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from snitun_sync.client import Client
 from snitun_sync.client import client as client_module
 from snitun_sync.client.endpoint import OPENING_LIMIT
+from snitun_sync.client.retry import Retry
 from snitun_sync.errors import (
     ConfigurationError,
     LinkError,
@@ -23,12 +25,12 @@ from snitun_sync.errors import (
     MisuseError,
     RefusedError,
     SniTunError,
+    StrangerError,
     UnreachableError,
 )
 from snitun_sync.net import tunnel as tunnel_module
 from snitun_sync.net.bridge import BridgeState
 from snitun_sync.net.connecting import Connecting
-from snitun_sync.net.loop import Loop
 from snitun_sync.net.tuning import PROVING_FRAMES
 from snitun_sync.protocol import frame
 from snitun_sync.protocol.cipher import CIPHERS
@@ -46,13 +48,12 @@ def relay(credentials: Credentials) -> Iterator[RawRelay]:
 
 @pytest.fixture
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "FIRST_RETRY_S", 0.01)
-    monkeypatch.setattr(client_module, "LAST_RETRY_S", 0.1)
+    monkeypatch.setattr(Retry, "delay_s", lambda *_: 0.02)
 
 
 @contextlib.contextmanager
-def running(relay: RawRelay, endpoint: str, *, once: bool = False) -> Iterator[Client]:
-    with Client(relay.credentials.ticket, endpoint, once=once) as client:
+def running(relay: RawRelay, endpoint: str, **options: Any) -> Iterator[Client]:
+    with Client(relay.credentials.ticket, endpoint, **options) as client:
         yield client
 
 
@@ -249,7 +250,9 @@ def test_html_instead_of_a_challenge(relay: RawRelay, endpoint: Endpoint) -> Non
     with running(relay, endpoint.address, once=True) as client, relay.accept() as sock:
         sock.sendall(b"HTTP/1.1 302 Found\r\nLocation: http://portal/\r\n\r\n" + b"<html>" * 1000)
         sock.shutdown(socket.SHUT_WR)
-        assert isinstance(ended(client), SniTunError)
+        error = ended(client)
+    assert isinstance(error, StrangerError)
+    assert "no relay answers at its address, but a web server: a captive portal" in str(error)
     assert endpoint.accepted == 0
 
 
@@ -272,40 +275,6 @@ def test_it_comes_back_by_itself(
     reasons = [record.message for record in caplog.records if "next attempt in" in record.message]
     assert sum("the relay closed the connection;" in reason for reason in reasons) >= 3
     assert sum("it refuses the token" in reason for reason in reasons) == 1
-
-
-def test_retries_back_off_with_full_jitter(
-    endpoint: Endpoint, credentials: Credentials, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with refusing_port() as port:
-        client = Client(credentials.at(f"127.0.0.1:{port}"), endpoint.address)
-        delays: list[float] = []
-        monkeypatch.setattr(Loop, "call_later", lambda _, delay_s, then: delays.append(delay_s))
-        for attempt in range(400):
-            client._attempts = attempt % 10 + 1
-            client._failed(UnreachableError("unreachable"))
-        client.stop()
-    for attempt in range(10):
-        limit = min(60.0, 2.0**attempt)
-        chosen = delays[attempt::10]
-        assert 0 <= min(chosen) < limit / 2 < max(chosen) <= limit
-
-
-def test_backoff_is_reset_by_a_tunnel_that_lived_and_not_by_a_takeover(
-    relay: RawRelay, endpoint: Endpoint, quick_retries: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client_module, "GOOD_TUNNEL_S", 0.1)
-    over = frame.TAKEN_OVER + (4711).to_bytes(2, "big")
-    with running(relay, endpoint.address) as client:
-        steps = ((1, None, 0.0), (2, None, 0.2), (1, over, 0.2), (2, None, 0.0))
-        for attempts, farewell, lifetime_s in steps:
-            with relay.tunnel() as raw:
-                client.wait_until_up(10)
-                assert client._attempts == attempts
-                time.sleep(lifetime_s)
-                if farewell:
-                    raw.send(frame.GOAWAY, frame.IPV4_MAPPED + bytes([192, 0, 2, 9]), farewell)
-            wait_until(lambda: not client._up.is_set())
 
 
 @pytest.mark.parametrize(
@@ -331,9 +300,11 @@ def test_the_relay_s_last_word_is_the_reason(
 def test_silence_is_broken_by_a_ping_and_a_dead_relay_is_left(
     relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tunnel_module, "KEEPALIVE_S", 1.0)
     monkeypatch.setattr(tunnel_module, "ANSWER_S", 1.0)
-    with running(relay, endpoint.address, once=True) as client, relay.tunnel() as raw:
+    with (
+        running(relay, endpoint.address, once=True, keepalive_s=1.0) as client,
+        relay.tunnel() as raw,
+    ):
         for _ in range(2):
             ping_id, flow, extra, _ = raw.receive()
             assert (flow, extra[:4]) == (frame.PING, b"ping")
@@ -347,10 +318,12 @@ def test_other_bytes_are_no_answer_to_a_ping(
     relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As behind a garbled header, which makes all that follows a payload without end."""
-    monkeypatch.setattr(tunnel_module, "KEEPALIVE_S", 0.5)
     monkeypatch.setattr(tunnel_module, "ANSWER_S", 1.0)
     monkeypatch.setattr(tunnel_module, "PONG_S", 2.0)
-    with running(relay, endpoint.address, once=True) as client, relay.tunnel() as raw:
+    with (
+        running(relay, endpoint.address, once=True, keepalive_s=1.0) as client,
+        relay.tunnel() as raw,
+    ):
         raw._send(raw.cipher.seal([frame.HEADER.pack(bytes(16), 0xEE, 2**32 - 1, bytes(11))])[0])
         stop = threading.Event()
 
@@ -453,7 +426,7 @@ def test_a_gcm_ticket_whose_token_was_never_sent_is_still_good(
     with RawRelay(credentials) as relay:
         relay.listener.close()
         with Client(credentials.ticket, endpoint.address) as client:
-            wait_until(lambda: client._attempts > 2)
+            wait_until(lambda: client.attempts > 2)
             relay.listener = socket.create_server(("127.0.0.1", relay.port))
             relay.listener.settimeout(30)
             with relay.tunnel():

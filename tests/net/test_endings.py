@@ -455,9 +455,10 @@ def test_a_suspended_tunnel_is_not_taken_for_dead(
 ) -> None:
     """The client stops reading for longer than its own keepalive would allow."""
     monkeypatch.setattr(tunnel_module, "SUSPEND_S", 4.0)
-    monkeypatch.setattr(tunnel_module, "KEEPALIVE_S", 1.0)
     monkeypatch.setattr(tunnel_module, "ANSWER_S", 1.0)
-    with Services(tmp_path, version=0, client_budget_bytes=MIB) as services:
+    with Services(
+        tmp_path, version=0, client_budget_bytes=MIB, client_options={"keepalive_s": 1.0}
+    ) as services:
         services.endpoint.go_on.clear()
         job = threading.Thread(target=upload, args=(services.port, 20 * MIB))
         job.start()

@@ -1,0 +1,66 @@
+"""When a client tries again: as soon as that helps it, and not together with all others.
+
+A relay that restarts loses all its clients in one moment: they spread their first retries, and
+from there on back off with full jitter below a limit that doubles ("Exponential Backoff
+And Jitter", AWS Architecture Blog, 2015). A dead link is this client's alone: it retries at once.
+"""
+
+from __future__ import annotations
+
+from ..errors import DeadLinkError, RefusedError, SniTunError, TakenOverError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# The limit below which a delay is drawn, first and at most.
+FIRST_S = 1.0
+LAST_S = 60.0
+# A tunnel that was proven for so long was a good one: what was before it is forgotten.
+GOOD_S = 60.0
+# So many refusals in a row are no accident; from then on retries are rarer.
+REFUSALS = 3
+LAST_REFUSED_S = 300.0
+
+
+class Retry:
+    """The delays of one client."""
+
+    def __init__(self, random: Callable[[], float], spread_s: float) -> None:
+        """`random` returns numbers from 0 to 1; `spread_s` is for the relay that went away."""
+        self._random, self.spread_s = random, spread_s
+        self._limit_s = FIRST_S
+        self._refusals = 0
+        self.failures = 0
+        """Attempts and tunnels that failed since the last good tunnel."""
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the relay has refused this client so often that it is no accident."""
+        return self._refusals >= REFUSALS
+
+    def delay_s(self, error: SniTunError, proven_s: float | None) -> float:
+        """Return how long to wait after a failure.
+
+        `proven_s` tells for how long the tunnel was proven, None an attempt that never was.
+        """
+        self.failures += 1
+        if proven_s is None:
+            self._refusals = self._refusals + 1 if isinstance(error, RefusedError) else 0
+            return self._draw(self._limit_s)
+        self._refusals = 0
+        if proven_s >= GOOD_S and not isinstance(error, TakenOverError):
+            self.reset()
+        if isinstance(error, DeadLinkError):
+            return FIRST_S * self._random()
+        return self._draw(max(self._limit_s, self.spread_s))
+
+    def reset(self) -> None:
+        """What was before doesn't count any more."""
+        self._limit_s, self._refusals, self.failures = FIRST_S, 0, 0
+
+    def _draw(self, limit_s: float) -> float:
+        last_s = LAST_REFUSED_S if self.is_refused else LAST_S
+        limit_s = min(limit_s, max(last_s, self.spread_s))
+        self._limit_s = min(2 * limit_s, last_s)
+        return limit_s * self._random()

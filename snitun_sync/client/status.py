@@ -1,0 +1,187 @@
+"""What the client says of itself, in JSON's types and in numbers. Loaded when somebody asks."""
+
+from __future__ import annotations
+
+import time
+
+from ..net.figures import families, figures, utc_text
+from ..net.sockets import host_text
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ..net.openmetrics import Family
+    from ..net.tunnel import Tunnel
+    from ..protocol.ticket import Ticket
+    from .client import Client
+
+PREFIX = "snitun_client"
+# No clock is right that is before the day when this was written: 2026-11-01.
+EARLIEST = 1793491200
+# Clocks of two machines may differ by that much.
+SLACK_S = 300.0
+
+
+def clock_doubt(ticket: Ticket, *, was_accepted: bool) -> str:
+    """Return why this machine's clock may be wrong, or ""."""
+    now = time.time()
+    if now < EARLIEST:
+        return f"it says {utc_text(now)}, before this program was written"
+    created = ticket.created
+    if created is not None and created > now + SLACK_S:
+        return f"it says {utc_text(now)}, and the ticket was made at {utc_text(created)}"
+    if was_accepted and ticket.valid is not None and ticket.valid < now - SLACK_S:
+        return f"by it the ticket expired at {utc_text(ticket.valid)}, but the relay accepted it"
+    return ""
+
+
+def report(client: Client) -> dict[str, Any]:
+    """Return what /status shows."""
+    settings, ticket, now = client.settings, client.settings.ticket, client.loop.now
+    reason = client.ready()
+    tunnel = client._serving
+    retry_in_s = round(client.retry_at - now, 1) if client.retry_at else None
+    return {
+        "program": "snitun-client",
+        "state": client.state.value,
+        "since": utc_text(client.state_since),
+        "is_ready": not reason,
+        "reason": reason or None,
+        "summary": client.summary(),
+        **figures(client),
+        "hostname": ticket.hostname or None,
+        "relay": str(settings.server),
+        "proxy": str(settings.proxy) if settings.proxy is not None else None,
+        "endpoint": str(client.endpoint),
+        "tunnel": _tunnel(tunnel, now) if tunnel is not None else None,
+        "attempts": client.attempts,
+        "failures": client.failures,
+        "retry_in_s": retry_in_s,
+        "endings": [
+            {
+                "time": utc_text(ending.time),
+                "proven_s": None if ending.proven_s is None else round(ending.proven_s, 1),
+                "reason": ending.reason,
+                "count": ending.count,
+            }
+            for ending in client.endings
+        ],
+        "refused_channels": client.limits.refused,
+        "ticket": {
+            "created": utc_text(ticket.created),
+            "valid": utc_text(ticket.valid),
+            "expires_in_s": None if ticket.valid is None else round(ticket.valid - time.time()),
+            "protocol_version": ticket.protocol_version,
+            "cipher": ticket.cipher,
+            "throttling": ticket.throttling,
+        },
+        "clock_doubt": clock_doubt(ticket, was_accepted=tunnel is not None) or None,
+        "probe": client.probe.report() if client.probe is not None else None,
+    }
+
+
+def _tunnel(tunnel: Tunnel, now: float) -> dict[str, Any]:
+    assert tunnel.proven_at is not None
+    local = remote = None
+    if tunnel.sock is not None:
+        try:
+            local = host_text(*tunnel.sock.getsockname()[:2])
+            remote = host_text(*tunnel.sock.getpeername()[:2])
+        except OSError:
+            pass  # reset a moment ago
+    return {
+        "proven_for_s": round(now - tunnel.proven_at, 1),
+        "silent_for_s": round(now - tunnel.received_at, 1),
+        "round_trip_ms": _milliseconds(tunnel.round_trip_s),
+        "local_address": local,
+        "relay_address": remote,
+    }
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 2)
+
+
+def metrics(client: Client) -> list[Family]:
+    """Return what /metrics shows."""
+    now, ticket, tunnel = client.loop.now, client.settings.ticket, client._serving
+    found: list[Family] = [
+        *families(client, PREFIX, "the endpoint"),
+        (
+            f"{PREFIX}_attempts",
+            "counter",
+            "",
+            "Connections to the relay that were tried.",
+            [({}, client.attempts)],
+        ),
+        (
+            f"{PREFIX}_tunnels_proven",
+            "counter",
+            "",
+            "Tunnels on which the relay has proven itself.",
+            [({}, client.proven)],
+        ),
+        (
+            f"{PREFIX}_failures",
+            "counter",
+            "",
+            "Attempts and tunnels that failed, by reason.",
+            [({"reason": kind}, count) for kind, count in client.failures.items()],
+        ),
+        (
+            f"{PREFIX}_channels_refused",
+            "counter",
+            "",
+            "Channels that were refused, by the limit that was reached.",
+            [({"limit": limit}, count) for limit, count in client.limits.refused.items()],
+        ),
+        (
+            f"{PREFIX}_clock_doubtful",
+            "gauge",
+            "",
+            "Whether this machine's clock seems to be wrong.",
+            [({}, bool(clock_doubt(ticket, was_accepted=tunnel is not None)))],
+        ),
+    ]
+    if tunnel is not None:
+        found.append(
+            (
+                f"{PREFIX}_tunnel_silence_seconds",
+                "gauge",
+                "seconds",
+                "Time since the last byte from the relay.",
+                [({}, now - tunnel.received_at)],
+            )
+        )
+        if tunnel.round_trip_s is not None:
+            found.append(
+                (
+                    f"{PREFIX}_round_trip_seconds",
+                    "gauge",
+                    "seconds",
+                    "How long the last pong of the relay took.",
+                    [({}, tunnel.round_trip_s)],
+                )
+            )
+    if ticket.valid is not None:
+        found.append(
+            (
+                f"{PREFIX}_ticket_expiry_timestamp_seconds",
+                "gauge",
+                "seconds",
+                "When the ticket expires, UTC Unix seconds.",
+                [({}, ticket.valid)],
+            )
+        )
+    if client.probe is not None and client.probe.checked_at is not None:
+        found.append(
+            (
+                f"{PREFIX}_probe_success",
+                "gauge",
+                "",
+                "Whether the last self-probe got through to the endpoint.",
+                [({}, not client.probe.failure)],
+            )
+        )
+    return found
