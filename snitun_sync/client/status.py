@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from ..net.figures import families, figures, utc_text
+from ..net.figures import counter, counters, families, figures, gauge, utc_text
 from ..net.sockets import host_text
 
 TYPE_CHECKING = False
@@ -105,83 +105,44 @@ def _milliseconds(seconds: float | None) -> float | None:
 
 def metrics(client: Client) -> list[Family]:
     """Return what /metrics shows."""
-    now, ticket, tunnel = client.loop.now, client.settings.ticket, client._serving
-    found: list[Family] = [
+    now, ticket, tunnel, probe = (
+        client.loop.now,
+        client.settings.ticket,
+        client._serving,
+        client.probe,
+    )
+    is_doubtful = bool(clock_doubt(ticket, was_accepted=tunnel is not None))
+    found = [
         *families(client, PREFIX, "the endpoint"),
-        (
-            f"{PREFIX}_attempts",
-            "counter",
-            "",
-            "Connections to the relay that were tried.",
-            [({}, client.attempts)],
+        counter(f"{PREFIX}_attempts", "Connections to the relay that were tried.", client.attempts),
+        counter(
+            f"{PREFIX}_tunnels_proven", "Tunnels on which the relay proved itself.", client.proven
         ),
-        (
-            f"{PREFIX}_tunnels_proven",
-            "counter",
-            "",
-            "Tunnels on which the relay has proven itself.",
-            [({}, client.proven)],
-        ),
-        (
+        counters(
             f"{PREFIX}_failures",
-            "counter",
-            "",
             "Attempts and tunnels that failed, by reason.",
-            [({"reason": kind}, count) for kind, count in client.failures.items()],
+            "reason",
+            client.failures,
         ),
-        (
+        counters(
             f"{PREFIX}_channels_refused",
-            "counter",
-            "",
             "Channels that were refused, by the limit that was reached.",
-            [({"limit": limit}, count) for limit, count in client.limits.refused.items()],
+            "limit",
+            client.limits.refused,
         ),
-        (
-            f"{PREFIX}_clock_doubtful",
-            "gauge",
-            "",
-            "Whether this machine's clock seems to be wrong.",
-            [({}, bool(clock_doubt(ticket, was_accepted=tunnel is not None)))],
-        ),
+        gauge(f"{PREFIX}_clock_doubtful", "Whether the clock seems to be wrong.", is_doubtful),
     ]
     if tunnel is not None:
-        found.append(
-            (
-                f"{PREFIX}_tunnel_silence_seconds",
-                "gauge",
-                "seconds",
-                "Time since the last byte from the relay.",
-                [({}, now - tunnel.received_at)],
-            )
-        )
+        name, text = f"{PREFIX}_tunnel_silence_seconds", "Time since the relay's last byte."
+        found.append(gauge(name, text, now - tunnel.received_at, "seconds"))
         if tunnel.round_trip_s is not None:
-            found.append(
-                (
-                    f"{PREFIX}_round_trip_seconds",
-                    "gauge",
-                    "seconds",
-                    "How long the last pong of the relay took.",
-                    [({}, tunnel.round_trip_s)],
-                )
-            )
+            name, text = f"{PREFIX}_round_trip_seconds", "How long the relay's last pong took."
+            found.append(gauge(name, text, tunnel.round_trip_s, "seconds"))
     if ticket.valid is not None:
-        found.append(
-            (
-                f"{PREFIX}_ticket_expiry_timestamp_seconds",
-                "gauge",
-                "seconds",
-                "When the ticket expires, UTC Unix seconds.",
-                [({}, ticket.valid)],
-            )
-        )
-    if client.probe is not None and client.probe.checked_at is not None:
-        found.append(
-            (
-                f"{PREFIX}_probe_success",
-                "gauge",
-                "",
-                "Whether the last self-probe got through to the endpoint.",
-                [({}, not client.probe.failure)],
-            )
-        )
+        name = f"{PREFIX}_ticket_expiry_timestamp_seconds"
+        text = "When the ticket expires, UTC Unix seconds."
+        found.append(gauge(name, text, ticket.valid, "seconds"))
+    if probe is not None and probe.checked_at is not None:
+        text = "Whether the last self-probe got through."
+        found.append(gauge(f"{PREFIX}_probe_success", text, not probe.failure))
     return found

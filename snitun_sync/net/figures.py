@@ -64,76 +64,57 @@ def figures(service: Service) -> dict[str, Any]:
     }
 
 
+def gauge(name: str, text: str, value: float, unit: str = "") -> Family:
+    """Return a metric that goes up and down."""
+    return name, "gauge", unit, text, [({}, value)]
+
+
+def counter(name: str, text: str, value: float) -> Family:
+    """Return a metric that only grows."""
+    return name, "counter", "", text, [({}, value)]
+
+
+def counters(name: str, text: str, label: str, values: dict[str, int], unit: str = "") -> Family:
+    """Return one that only grows, for each value of a label."""
+    return name, "counter", unit, text, [({label: key}, n) for key, n in values.items()]
+
+
 def families(service: Service, prefix: str, far: str) -> list[Family]:
     """Return the metrics that every service has; `far` is who is behind the bridges' sockets."""
     bridges = service.bridges
     received, sent = bridges.carried_bytes()
+    carried = f"Payload of all channels, from the tunnel to {far} (received) and back (sent)."
     return [
-        (f"{prefix}_build", "info", "", "Which release this is.", [({"version": __version__}, 1)]),
-        (
+        (f"{prefix}_build", "info", "", "The release.", [({"version": __version__}, 1)]),
+        gauge(
             f"{prefix}_ready",
-            "gauge",
-            "",
             "Whether devices are served, as far as this side can know.",
-            [({}, not service.ready())],
+            not service.ready(),
         ),
-        (f"{prefix}_channels", "gauge", "", "Channels that are open.", [({}, len(bridges.all))]),
-        (
-            f"{prefix}_channels_opened",
-            "counter",
-            "",
-            "Channels that were opened, one for each connection of a device.",
-            [({}, bridges.opened)],
-        ),
-        (
+        gauge(f"{prefix}_channels", "Channels that are open.", len(bridges.all)),
+        counter(f"{prefix}_channels_opened", "Connections of devices.", bridges.opened),
+        counter(
             f"{prefix}_channels_aborted",
-            "counter",
-            "",
             "Channels that were cut, by an error, a limit or the end of their tunnel.",
-            [({}, bridges.aborted)],
+            bridges.aborted,
         ),
-        (
+        counters(
             f"{prefix}_channel_bytes",
-            "counter",
+            carried,
+            "direction",
+            {"received": received, "sent": sent},
             "bytes",
-            f"Payload of all channels, from the tunnel to {far} (received) and back (sent).",
-            [({"direction": "received"}, received), ({"direction": "sent"}, sent)],
         ),
-        (
-            f"{prefix}_held_bytes",
-            "gauge",
-            "bytes",
-            "Payload that waits for sockets to take it.",
-            [({}, bridges.held_bytes)],
-        ),
-        (
-            f"{prefix}_budget_bytes",
-            "gauge",
-            "bytes",
-            "How much payload may wait.",
-            [({}, bridges.limit_bytes)],
-        ),
-        (
-            "process_resident_memory_bytes",
-            "gauge",
-            "bytes",
-            "Resident memory.",
-            [({}, resident_bytes())],
-        ),
-        (
+        gauge(f"{prefix}_held_bytes", "Payload that waits.", bridges.held_bytes, "bytes"),
+        gauge(f"{prefix}_budget_bytes", "How much may wait.", bridges.limit_bytes, "bytes"),
+        gauge("process_resident_memory_bytes", "Resident memory.", resident_bytes(), "bytes"),
+        gauge(
             "process_start_time_seconds",
-            "gauge",
-            "seconds",
             "Start of the process, UTC Unix seconds.",
-            [({}, service.started)],
+            service.started,
+            "seconds",
         ),
-        (
-            "process_open_fds",
-            "gauge",
-            "",
-            "Descriptors that are open.",
-            [({}, open_descriptors())],
-        ),
+        gauge("process_open_fds", "Descriptors that are open.", open_descriptors()),
     ]
 
 

@@ -109,6 +109,7 @@ class Registration:
         """The tunnel is over: no name leads to it any more."""
         server = self._server
         server.tunnels.discard(tunnel)
+        server.clients_changed()
         self._forget_names()
         for timer in (self._expiry, self._grace):
             if timer is not None:

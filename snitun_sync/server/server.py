@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("snitun_sync")
 
+# How soon the service manager hears of clients that have come or gone.
+TELL_S = 1.0
 # What belongs to expired tokens is looked for when there is twice as much as at the last time.
 REMEMBERED_BEFORE_PRUNING = 1024
 
@@ -89,6 +91,7 @@ class Server(Service):
         self.ports: list[int] = []
         """The ports that are listened on, in the order of the addresses given."""
         self._listeners: list[Listener] = []
+        self._is_telling = False
         self._known = Remembered()  # hostnames
         self._used_keys = Remembered()  # of aes-gcm, hashed
 
@@ -155,6 +158,16 @@ class Server(Service):
             for (address, _, _), port in zip(self._addresses, self.ports)
         )
         return f"listening on {listens}; {len(self.tunnels)} clients"
+
+    def clients_changed(self) -> None:
+        """A client has come or gone: the service manager hears of it, once for many."""
+        if self._notifier is not None and not self._is_telling:
+            self._is_telling = True
+            self.loop.call_later(TELL_S, self._tell_now)
+
+    def _tell_now(self) -> None:
+        self._is_telling = False
+        self.tell()
 
     def report(self) -> dict[str, Any]:
         """Return what /status shows."""
@@ -249,6 +262,7 @@ class Server(Service):
     def register(self, registration: Registration) -> None:
         """Lead all names of a tunnel that has just come up to it."""
         self.opened_tunnels += 1
+        self.clients_changed()
         for name in registration.payload.names:
             self._known.add(name, registration.payload.valid)
             old = self.routes.get(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..net.figures import families, figures, utc_text
+from ..net.figures import counter, families, figures, gauge, utc_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,23 +55,20 @@ def report(server: Server) -> dict[str, Any]:
 
 def metrics(server: Server) -> list[Family]:
     """Return what /metrics shows."""
-    gauges = (
-        ("tunnels", "Connections of clients.", len(server.tunnels)),
-        ("hostnames", "Names that lead to a client.", len(server.routes)),
-        ("arrivals", "Connections of which nothing is known yet.", len(server.arrivals)),
-    )
-    counters = (
-        ("accepted", "Connections of devices and clients.", server.accepted),
-        ("tunnels_opened", "Clients that answered their challenge.", server.opened_tunnels),
-        ("takeovers", "Names that went from one client to another.", server.takeovers),
-        ("refused_clients", "Clients without a good token or key.", server.refused_clients),
-        ("refused_devices", "Devices that no client serves.", server.refused_devices),
-    )
     return [
         *families(server, PREFIX, "devices"),
-        *((f"{PREFIX}_{name}", "gauge", "", text, [({}, value)]) for name, text, value in gauges),
-        *(
-            (f"{PREFIX}_{name}", "counter", "", text, [({}, value)])
-            for name, text, value in counters
+        gauge(f"{PREFIX}_tunnels", "Connections of clients.", len(server.tunnels)),
+        gauge(f"{PREFIX}_hostnames", "Names that lead to a client.", len(server.routes)),
+        gauge(f"{PREFIX}_arrivals", "Connections not known yet.", len(server.arrivals)),
+        counter(f"{PREFIX}_accepted", "Connections that came in.", server.accepted),
+        counter(f"{PREFIX}_tunnels_opened", "Clients that came up.", server.opened_tunnels),
+        counter(f"{PREFIX}_takeovers", "Names that changed the client.", server.takeovers),
+        counter(
+            f"{PREFIX}_refused_clients",
+            "Clients without good token and key.",
+            server.refused_clients,
+        ),
+        counter(
+            f"{PREFIX}_refused_devices", "Devices that no client serves.", server.refused_devices
         ),
     ]
