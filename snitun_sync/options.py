@@ -179,20 +179,14 @@ class Parser(argparse.ArgumentParser):
             raise UsageError(masked(message))
         self.exit(EXIT_USAGE, f"{self.prog}: {masked(message)}; see {self.prog} --help\n")
 
-    def add_service(self, *, budget_bytes: int) -> None:
-        """Add the options of programs that have tunnels."""
-        self.add_argument(
-            "--admin",
-            metavar="ADDRESS",
-            default="",
-            help="answer questions (/ready, /status, /metrics) at HOST:PORT or unix:/PATH",
-        )
-        self.add_argument(
-            "--admin-token-file",
-            metavar="FILE",
-            help="who asks must know what is in there: Authorization: Bearer …",
-        )
-        self.add_argument(
+    def hide(self, action: argparse.Action) -> None:
+        """The option of a group holds a secret, as by `is_secret`."""
+        self._secrets.add(action.dest)
+
+    def add_service(self, *, budget_bytes: int) -> argparse._ArgumentGroup:
+        """Add the options of programs that have tunnels; return the group of limits."""
+        limits = self.add_argument_group("limits")
+        limits.add_argument(
             "--budget",
             metavar="SIZE",
             type=size_bytes,
@@ -200,32 +194,45 @@ class Parser(argparse.ArgumentParser):
             help="how much may be held for slow devices and services, like 8M (default: "
             f"{budget_bytes // UNITS_BYTES['M']}M)",
         )
-        self.add_argument(
+        limits.add_argument(
             "--channel-idle",
             metavar="TIME",
             type=duration_s,
             default=CHANNEL_IDLE_S,
             help="close a connection on which nothing moves for so long (default: 1h)",
         )
-        self.add_argument(
+        life = self.add_argument_group("running")
+        life.add_argument(
+            "--admin",
+            metavar="ADDRESS",
+            default="",
+            help="answer questions (/ready, /status, /metrics) at HOST:PORT or unix:/PATH",
+        )
+        life.add_argument(
+            "--admin-token-file",
+            metavar="FILE",
+            help="who asks must know what is in there: Authorization: Bearer …",
+        )
+        life.add_argument(
             "--grace",
             metavar="TIME",
             type=duration_s,
             default=GRACE_S,
             help="how long open connections may go on after SIGTERM (default: 10s)",
         )
-        self.add_argument(
+        life.add_argument(
             "--congestion-control",
             metavar="NAME",
             default="",
             help="how the kernel paces what is sent, such as bbr: small exchanges wait less behind "
             "large ones on a slow line (default: the system's)",
         )
-        self.add_argument(
+        life.add_argument(
             f"--{CHECK}",
             action="store_true",
             help="check all settings and files, print the settings, and exit",
         )
+        return limits
 
     def add_common(self) -> None:
         """Add the options that all programs have."""

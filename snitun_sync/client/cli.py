@@ -85,14 +85,14 @@ def parser() -> Parser:
         help=f"the local service: HOST:PORT, [IPV6]:PORT or unix:/PATH (default: {ENDPOINT})",
     )
     _add_ticket(options)
-    options.add_argument(
+    link = options.add_argument_group("the way to the relay")
+    proxy = link.add_argument(
         "--proxy",
         metavar="URL",
-        is_secret=True,
         default="",
         help="go through http://[USER[:PASSWORD]@]HOST[:PORT] (CONNECT) or socks5://… (port: 1080)",
     )
-    link = options.add_argument_group("the way to the relay")
+    options.hide(proxy)
     link.add_argument("--proxy-password-file", metavar="FILE", help="instead of the URL's password")
     link.add_argument(
         "--keepalive",
@@ -133,7 +133,7 @@ def parser() -> Parser:
         default="",
         help="where devices find the hostname (default: the hostname itself, port 443)",
     )
-    limits = options.add_argument_group("limits")
+    limits = options.add_service(budget_bytes=CLIENT_BUDGET_BYTES)
     limits.add_argument(
         "--max-channels",
         metavar="N",
@@ -148,7 +148,6 @@ def parser() -> Parser:
         default=0,
         help="new ones in a second (default: 0, no limit)",
     )
-    options.add_service(budget_bytes=CLIENT_BUDGET_BYTES)
     options.add_common()
     return options
 
