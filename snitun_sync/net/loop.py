@@ -19,6 +19,7 @@ import select
 import socket
 import time
 from collections import deque
+from functools import partial
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,8 +36,11 @@ if TYPE_CHECKING:
             """A defect: `flush` raised `error`."""
 
 
-# Counts on while the machine is suspended (clock_gettime(2)), as the other side's clock does.
-_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+# The seconds since the machine's start: no setting of the clock changes them, and they go on
+# while it sleeps, as the other side's do (CLOCK_BOOTTIME, clock_gettime(2)).
+clock: Callable[[], float] = partial(
+    time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+)
 
 # poll(2)'s POLLIN and POLLOUT, which are epoll's too.
 READ = 1
@@ -50,11 +54,6 @@ RANDOM_POOL_BYTES = 4096
 EVENTS_AT_ONCE = 256
 
 log = logging.getLogger("snitun_sync")
-
-
-def clock() -> float:
-    """Return the seconds since the machine's start; no setting of the clock changes them."""
-    return time.clock_gettime(_CLOCK)
 
 
 class Handler:
