@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
+import re
 import socket
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -234,6 +237,73 @@ class RawRelay:
         if prove:
             raw.prove()
         return raw
+
+
+class ConnectProxy:
+    """An HTTP proxy that knows CONNECT, and remembers who wanted what."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.targets: list[str] = []
+        self.logins: list[str] = []
+        """USER:PASSWORD of each request, "" where there was none."""
+        self.is_refusing = False
+        self._open: set[socket.socket] = set()
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def __enter__(self) -> ConnectProxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sock in (self._listener, *self._open):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(WAIT_S)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                self._threads.append(threading.Thread(target=self._serve, args=(sock,)))
+                self._threads[-1].start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        self._open.add(sock)
+        with sock, contextlib.suppress(OSError):
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                if not (piece := sock.recv(1)):
+                    return
+                head += piece
+            login = re.search(rb"Proxy-Authorization: Basic (\S+)", head)
+            self.logins.append(base64.b64decode(login[1]).decode() if login else "")
+            target = head.split()[1].decode()
+            self.targets.append(target)
+            if self.is_refusing:
+                sock.sendall(b"HTTP/1.1 403 Forbidden\r\n\r\n")
+                return
+            host, _, port = target.rpartition(":")
+            with socket.create_connection((host, int(port)), WAIT_S) as far:
+                sock.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                far.settimeout(None)
+                back = threading.Thread(target=_pass_on, args=(far, sock))
+                back.start()
+                _pass_on(sock, far)
+                back.join(WAIT_S)
+        self._open.discard(sock)
+
+
+def _pass_on(source: socket.socket, target: socket.socket) -> None:
+    """Pass on all that comes, and the end."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
 
 
 def receive_exactly(sock: socket.socket, size: int) -> bytes:

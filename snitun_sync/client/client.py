@@ -442,10 +442,12 @@ class Client(Service):
         self._connect()
 
     def _start_probe(self) -> None:
-        if self.probe is not None:
+        if self.probe is not None and self.settings.probe_s:
+            self.probe.soon()  # until then it stays as it was found
+        elif self.probe is not None:
             self.probe.close()
             self.probe = None
-        if self.settings.probe_s:
+        elif self.settings.probe_s:
             from .probe import Probe  # noqa: PLC0415  few want it
 
             self.probe = Probe(self, self._workers)

@@ -9,6 +9,8 @@ that its key is there. This brings `ssl` into memory, 4 MiB: it is loaded only w
 from __future__ import annotations
 
 import logging
+import re
+import socket
 import ssl
 import time
 from functools import partial
@@ -34,6 +36,7 @@ log = logging.getLogger("snitun_sync")
 # After a failure the next probe comes sooner.
 AGAIN_S = 30.0
 # So many failures in a row, and another tunnel is opened: it may lead to where this one doesn't.
+# The next one comes after twice as many: each cuts the connections that outlive its takeover.
 RENEW_AFTER = 3
 
 
@@ -42,8 +45,8 @@ class Probe:
 
     def __init__(self, client: Client, workers: Workers) -> None:
         self._client, self._workers = client, workers
-        self._is_running = self._is_closed = False
-        self._failures = 0  # in a row
+        self._is_running = self._is_stale = self._is_closed = False
+        self._failures = 0  # in a row that another tunnel may mend
         self._timer: Timer | None = None
         self.failure = ""
         """Why the last probe didn't get through, "" if it did."""
@@ -54,7 +57,11 @@ class Probe:
             self.soon()
 
     def soon(self) -> None:
-        """Probe in a moment: there is a tunnel, or another one."""
+        """Probe in a moment: there is a tunnel, another one, or there are other settings.
+
+        What is under way says nothing of them: it doesn't count.
+        """
+        self._is_stale = self._is_running
         self._schedule(FIRST_S)
 
     def close(self) -> None:
@@ -91,15 +98,23 @@ class Probe:
         if not self._is_running:
             self._schedule(AGAIN_S)
 
-    def _done(self, begun_at: float, failure: str | None, error: Exception | None) -> None:
+    def _done(
+        self, begun_at: float, found: tuple[str, bool] | None, error: Exception | None
+    ) -> None:
         self._is_running = False
         if self._is_closed:
             return
+        if self._is_stale:
+            self._is_stale = False
+            if self._timer is None:
+                self._start()
+            return
         self.took_s = time.monotonic() - begun_at
         client, before = self._client, self.failure
-        self.failure = f"self-probe: {reason(error)}" if failure is None else failure
+        failure, is_local = found or (reason(error), True)
+        self.failure = failure and f"self-probe: {failure}"
         self.checked_at = time.time()
-        self._failures = self._failures + 1 if self.failure else 0
+        self._failures = self._failures + 1 if failure and not is_local else 0
         if self.failure and self.failure != before:
             log.warning("%s", self.failure)
         elif before and not self.failure:
@@ -108,29 +123,36 @@ class Probe:
         self._schedule(min(AGAIN_S, interval_s) if self.failure else interval_s)
         client.tell()
         tunnel = client._serving
-        if tunnel is None or not self.failure:
+        if tunnel is None or not self._failures:
             return
         tunnel.probe()
-        if self._failures % RENEW_AFTER == 0 and client._opening is None:
+        times, rest = divmod(self._failures, RENEW_AFTER)
+        is_due = not rest and times & (times - 1) == 0  # after 1, 2, 4, 8 … times RENEW_AFTER
+        if is_due and client._opening is None and not client._is_spent:
             log.warning("self-probe: failed %d times; opening another tunnel", self._failures)
             client.renew()
 
 
-def _blocking_probe(hostname: str, public: Address, endpoint: Address, proxy: Proxy | None) -> str:
-    """Return why devices don't get through, "" if they do; for a worker thread."""
+def _blocking_probe(
+    hostname: str, public: Address, endpoint: Address, proxy: Proxy | None
+) -> tuple[str, bool]:
+    """Return why devices don't get through, "" if they do; and whether that is the endpoint.
+
+    For a worker thread. Where it is the endpoint, no other tunnel helps.
+    """
     try:
         expected = _blocking_leaf(hostname, endpoint, None)
     except (OSError, ValueError) as error:
-        return f"self-probe: endpoint {endpoint} shows no certificate: {_said(error)}"
+        return f"endpoint {endpoint} shows no certificate: {_said(error)}", True
     try:
         found = _blocking_leaf(hostname, public, proxy)
     except ssl.SSLError as error:
-        return f"self-probe: {public} ends the TLS handshake for {hostname}: {_said(error)}"
+        return f"{public} ends the TLS handshake for {hostname}: {_said(error)}", False
     except (OSError, ValueError) as error:
-        return f"self-probe: can't reach {public}: {_said(error)}"
+        return f"can't reach {public}: {_said(error)}", False
     if found != expected:
-        return f"self-probe: what {public} shows for {hostname} is not the endpoint's certificate"
-    return ""
+        return f"what {public} shows for {hostname} is not the endpoint's certificate", False
+    return "", False
 
 
 def _blocking_leaf(hostname: str, address: Address, proxy: Proxy | None) -> bytes:
@@ -139,7 +161,7 @@ def _blocking_leaf(hostname: str, address: Address, proxy: Proxy | None) -> byte
     # Who signed it doesn't matter: it is compared with the very one.
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with blocking_dial(address, CONNECT_S, proxy) as sock:
-        sock.settimeout(CONNECT_S)
+        sock.settimeout(CONNECT_S)  # for the handshake as a whole: see ssl.SSLSocket
         with context.wrap_socket(sock, server_hostname=hostname) as secured:
             certificate = secured.getpeercert(binary_form=True)
     if not certificate:
@@ -148,6 +170,10 @@ def _blocking_leaf(hostname: str, address: Address, proxy: Proxy | None) -> byte
 
 
 def _said(error: Exception) -> str:
-    """Return what an error of TLS or of the system says, without OpenSSL's file and line."""
-    text = getattr(error, "reason", None) or reason(error)
-    return str(text).replace("_", " ").lower() if isinstance(error, ssl.SSLError) else str(text)
+    """Return what an error of TLS or of the system says, without the file and line of Python."""
+    if isinstance(error, socket.timeout):
+        return f"no answer within {CONNECT_S:.0f} s"
+    text = str(getattr(error, "reason", None) or reason(error))
+    if isinstance(error, ssl.SSLError):
+        text = re.sub(r" \(_ssl\.c:[0-9]+\)", "", text).replace("_", " ").lower()
+    return text
