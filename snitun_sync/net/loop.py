@@ -325,7 +325,8 @@ class Loop(Handler):
         try:
             callback(*args)
         except Exception as error:
-            _defect(getattr(callback, "__self__", callback), error)
+            method = getattr(callback, "func", callback)  # of a partial
+            _defect(getattr(method, "__self__", method), error)
 
     def on_ready(self, events: int) -> None:  # another thread woke the loop
         assert self.sock is not None

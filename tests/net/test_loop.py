@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Callable
 
 import pytest
@@ -181,6 +182,25 @@ def test_a_defect_ends_its_handler_and_not_the_loop(
         loop.run()
     assert isinstance(probe.failed, RuntimeError)
     assert sum("defect in" in record.message for record in caplog.records) == 3
+
+
+def test_a_defect_in_a_call_with_arguments_is_its_owner_s_too(loop: Loop) -> None:
+    class Owner:
+        def __init__(self) -> None:
+            self.failed: list[str] = []
+
+        def call(self, text: str) -> None:
+            raise RuntimeError(text)
+
+        def fail(self, error: Exception) -> None:
+            self.failed.append(str(error))
+
+    owner = Owner()
+    loop.call_later(0.0, partial(owner.call, "one"))
+    loop.call_soon(partial(owner.call), "two")
+    loop.call_later(0.02, loop.stop)
+    loop.run()
+    assert sorted(owner.failed) == ["one", "two"]
 
 
 class Sink:
