@@ -32,6 +32,7 @@ from ..errors import (
     SniTunError,
     StrangerError,
     TakenOverError,
+    UnreachableError,
     ViolationError,
 )
 from ..protocol.frame import (
@@ -246,18 +247,20 @@ class Tunnel(Handler):
     def _handshake_overdue(self) -> None:
         self._timer = None
         handshake = self._handshake
+        kind: type[SniTunError] = UnreachableError  # who says nothing refuses nobody
         if handshake is None:
             what = "no pong to the first PING"
         elif self.is_relay:
-            what = "no answer to the challenge"
+            kind, what = RefusedError, "no answer to the challenge"
         elif not handshake.received_size:
             what = "no challenge"
         else:
+            kind = RefusedError
             what = (
                 f"{handshake.received_size} of {handshake.unit_size} bytes of the challenge: a "
                 "relay older than 0.46 ignores the ticket's cipher; use one for aes-cbc"
             )
-        self.end(RefusedError(f"{what} within {HANDSHAKE_S:.0f} s"))
+        self.end(kind(f"{what} within {HANDSHAKE_S:.0f} s"))
 
     def _up(self) -> None:
         self.state = TunnelState.UP
@@ -540,8 +543,12 @@ class Tunnel(Handler):
     def probe(self) -> None:
         """Something has changed: end soon if the other side doesn't answer a PING."""
         if self.state is TunnelState.UP and not self.is_relay and self._suspension is None:
-            self._ping()
-            self._answer_s = PROBE_S
+            now, asked_at = self.loop.now, self._asked_at
+            if asked_at is None or self.received_at > asked_at:
+                self._ping()
+                self._answer_s = PROBE_S
+            else:  # it owes an answer already: another question gives it no more time
+                self._answer_s = min(self._answer_s, now + PROBE_S - asked_at)
             if self._timer is not None:
                 self._timer.cancel()
             self._check()

@@ -350,6 +350,21 @@ def test_without_an_answer_another_tunnel_comes_at_once(
     assert "answered no PING for 1 s" in str(errors[0])
 
 
+def test_changes_again_and_again_give_a_dead_link_no_more_time(
+    relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tunnel_module, "PROBE_S", 1.0)
+    with Client(relay.credentials.ticket, endpoint.address) as client, relay.tunnel():
+        assert client.wait_until_up(10)
+
+        def is_over() -> bool:
+            on_loop(client, client._network_changed)
+            return bool(client.endings)
+
+        wait_until(is_over)
+        assert "answered no PING for 1 s" in client.endings[0].reason
+
+
 def test_an_address_that_is_gone_ends_the_tunnel_at_once(
     relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, quick_retries: None
 ) -> None:
