@@ -431,7 +431,7 @@ def relay(
         *("--listen", listen, "--log-level", "debug", *arguments),
         env=env,
     )
-    line = program.wait_for("listening on")
+    line = program.wait_for(" for devices")
     return program, int(line.split(" for ")[0].rpartition(":")[2])
 
 

@@ -18,12 +18,12 @@ from ..errors import ConfigurationError, ListenError, ViolationError
 from ..protocol.aes import load
 from ..protocol.names import normal_hostname, parse_address
 from .loop import READ, WRITE, Handler
-from .sockets import host_text, listen, pack_ip
+from .sockets import host_text, listen, numeric_places, pack_ip
 from .tuning import DRAIN_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ..protocol.names import Address
     from .loop import Loop, Timer
@@ -63,6 +63,31 @@ _REASONS = {
 _MORE_FIELDS = {401: "WWW-Authenticate: Bearer\r\n", 405: "Allow: GET\r\n"}
 
 
+def check(address: Address, token: str) -> None:
+    """Tell what is wrong with --admin and its token before anything is opened.
+
+    Raises ConfigurationError where other machines could come in without a token, or the
+    token is no good one. What a name stands for is seen later, by `Admin.open`.
+    """
+    text = token.strip()
+    if token and (len(text) < SHORTEST_TOKEN or not (text.isascii() and text.isprintable())):
+        raise ConfigurationError(
+            f"--admin-token-file: a text of {len(text)} characters; expected one line "
+            f"of {SHORTEST_TOKEN} or more, all of them printable ASCII"
+        )
+    if not address.path:
+        hosts = [place[0] for _, place in numeric_places(address)] if address.host else [""]
+        _check_hosts(address, token, hosts)
+
+
+def _check_hosts(address: Address, token: str, hosts: Sequence[str]) -> None:
+    if not token and not all(map(_is_loopback, hosts)):
+        raise ConfigurationError(
+            f"--admin: {address} can be reached from other machines; expected a loopback "
+            "address, or --admin-token-file as well"
+        )
+
+
 class Admin:
     """Listens on one address, and answers GET of some paths."""
 
@@ -92,17 +117,10 @@ class Admin:
     def open(self) -> None:
         """Listen; on the caller's thread, before the loop runs.
 
-        Raises ListenError, and ConfigurationError where other machines could come in
-        without a token, or the token is no good one.
+        Raises ListenError, and ConfigurationError as `check` does.
         """
-        if self._token:
-            token = self._token.strip()
-            if len(token) < SHORTEST_TOKEN or not (token.isascii() and token.isprintable()):
-                raise ConfigurationError(
-                    f"--admin-token-file: a text of {len(token)} characters; expected one line "
-                    f"of {SHORTEST_TOKEN} or more, all of them printable ASCII"
-                )
-            self._expected = self._digest(token)
+        check(self.address, self._token)
+        self._expected = self._digest(self._token.strip())
         path = self.address.path
         try:
             sockets = [_listen_unix(path)] if path else listen(self.address)
@@ -114,12 +132,11 @@ class Admin:
             self._own_file = _identity(path)
             return
         places = [sock.getsockname() for sock in sockets]
-        if not self._token and not all(_is_loopback(place[0]) for place in places):
+        try:
+            _check_hosts(self.address, self._token, [place[0] for place in places])
+        except ConfigurationError:
             self.close()
-            raise ConfigurationError(
-                f"--admin: {self.address} can be reached from other machines; expected a loopback "
-                "address, or --admin-token-file as well"
-            )
+            raise
         self.port = places[0][1]
 
     def begin(self) -> None:

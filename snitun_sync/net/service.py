@@ -66,7 +66,10 @@ class Service:
             raise UsageError("--admin-token-file: only with --admin")
         admin_address = None
         if admin:
+            from .admin import check  # noqa: PLC0415  not everybody wants it
+
             admin_address = parse_address(admin, "--admin", can_be_unix=True, can_be_any=True)
+            check(admin_address, admin_token)
         self.congestion_control = congestion_control
         self.aes: Aes = load(crypto)
         self.loop = Loop()
@@ -75,7 +78,7 @@ class Service:
         self.admin: Admin | None = None
         """Who answers questions, where that was asked for."""
         if admin_address is not None:
-            from .admin import Admin  # noqa: PLC0415  not everybody wants it
+            from .admin import Admin  # noqa: PLC0415
             from .pages import pages  # noqa: PLC0415
 
             self.admin = Admin(self.loop, admin_address, pages(self), token=admin_token)
