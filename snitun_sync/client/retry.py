@@ -2,7 +2,9 @@
 
 A relay that restarts loses all its clients in one moment: they spread their first retries, and
 from there on back off with full jitter below a limit that doubles ("Exponential Backoff
-And Jitter", AWS Architecture Blog, 2015). A dead link is this client's alone: it retries at once.
+And Jitter", AWS Architecture Blog, 2015). Nobody tries a second time before all have tried once:
+early ones that found it still away would come on top of those whose turn it is. A dead link
+is this client's alone: it retries at once.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ class Retry:
         """`random` returns numbers from 0 to 1; `spread_s` is for the relay that went away."""
         self._random, self.spread_s = random, spread_s
         self._limit_s = FIRST_S
+        self._rest_s = 0.0  # from the first retry to the end of the spread
         self._refusals = 0
         self.failures = 0
         """Attempts and tunnels that failed since the last good tunnel."""
@@ -45,22 +48,26 @@ class Retry:
         `proven_s` tells for how long the tunnel was proven, None an attempt that never was.
         """
         self.failures += 1
+        rest_s, self._rest_s = self._rest_s, 0.0
         if proven_s is None:
             self._refusals = self._refusals + 1 if isinstance(error, RefusedError) else 0
-            return self._draw(self._limit_s)
+            return self._draw(self._limit_s, rest_s)
         self._refusals = 0
         if proven_s >= GOOD_S and not isinstance(error, TakenOverError):
             self.reset()
         if isinstance(error, DeadLinkError):
             return FIRST_S * self._random()
-        return self._draw(max(self._limit_s, self.spread_s))
+        delay_s = self._draw(max(self._limit_s, self.spread_s))
+        self._rest_s = max(0.0, self.spread_s - delay_s)
+        return delay_s
 
     def reset(self) -> None:
         """What was before doesn't count any more."""
-        self._limit_s, self._refusals, self.failures = FIRST_S, 0, 0
+        self._limit_s, self._rest_s, self._refusals, self.failures = FIRST_S, 0.0, 0, 0
 
-    def _draw(self, limit_s: float) -> float:
+    def _draw(self, limit_s: float, rest_s: float = 0.0) -> float:
         last_s = LAST_REFUSED_S if self.is_refused else LAST_S
-        limit_s = min(limit_s, max(last_s, self.spread_s))
+        most_s = max(last_s, self.spread_s)
+        limit_s = min(limit_s, most_s)
         self._limit_s = min(2 * limit_s, last_s)
-        return limit_s * self._random()
+        return min(rest_s + limit_s * self._random(), most_s)

@@ -53,6 +53,36 @@ def test_a_relay_that_went_away_is_tried_within_the_spread_and_from_there_on_eve
     assert [retry.delay_s(UNREACHABLE, None) for _ in range(4)] == [20, 40, 60, 60]
 
 
+def test_nobody_tries_a_second_time_before_all_have_tried_once() -> None:
+    drawn = 0.25
+    retry = Retry(lambda: drawn, SPREAD_S)
+    assert retry.delay_s(LOST, GOOD_S) == 2.5
+    assert retry.delay_s(UNREACHABLE, None) == 7.5 + 0.25 * 20
+    assert retry.delay_s(UNREACHABLE, None) == 0.25 * 40
+    retry.delay_s(LOST, GOOD_S)
+    assert retry.delay_s(DEAD, GOOD_S) == 0.25 * FIRST_S  # at once, whatever was before
+    retry.delay_s(LOST, GOOD_S)
+    retry.reset()
+    assert retry.delay_s(UNREACHABLE, None) == 0.25 * FIRST_S
+
+
+@pytest.mark.parametrize("away_s", [0.5, 5, 10, 15, 60])
+def test_a_restart_brings_no_storm(away_s: float) -> None:
+    """Of 500 clients 50 a second try at first; never twice as many, however long it takes."""
+    attempts = []
+    for seed in range(500):
+        retry = Retry(random.Random(seed).random, SPREAD_S)
+        when = retry.delay_s(LOST, GOOD_S)
+        attempts.append(when)
+        while when < away_s:
+            when += retry.delay_s(UNREACHABLE, None)
+            attempts.append(when)
+        assert when < away_s + LAST_S
+    attempts.sort()
+    for number, when in enumerate(attempts[:-100]):
+        assert attempts[number + 100] - when >= 1
+
+
 def test_a_dead_link_is_tried_at_once_and_then_as_from_the_start() -> None:
     retry = latest()
     for _ in range(5):
