@@ -23,6 +23,7 @@ from ..errors import (
     LostError,
     RefusedError,
     SniTunError,
+    TakenOverError,
     UnreachableError,
 )
 from ..net.bridge import Bridge, BridgeState
@@ -30,8 +31,8 @@ from ..net.dialing import blocking_dial
 from ..net.loop import Handler
 from ..net.netlink import NetworkWatch, local_address_is_gone
 from ..net.service import Service
-from ..net.sockets import set_congestion_control, unpack_ip
-from ..net.tuning import CONNECT_S
+from ..net.sockets import check_congestion_control, set_congestion_control, unpack_ip
+from ..net.tuning import CONNECT_S, PROBE_S
 from ..net.tunnel import Tunnel, TunnelState
 from ..net.workers import Workers
 from ..protocol.aes import load
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("snitun_sync")
 
+# Only a resolver that hangs takes so long; a connect has less.
+DIAL_S = 60.0
 # Channels that the relay opens before it has proven that it knows the key.
 HELD_CHANNELS = 256
 # The same failure again and again is said this often.
@@ -121,12 +124,12 @@ class Client(Service):
         self._opening: Tunnel | None = None
         self._held: list[Bridge] = []  # channels of the one that is opening
         self._attempt = 0  # the number of the latest; what comes of an earlier one is dropped
-        self._is_dialing = False
+        self._dial_timer: Timer | None = None  # while a worker connects
         self._dialed_at = 0.0
         self._retry_timer: Timer | None = None
         self.retry_at = 0.0
         """When the next attempt comes, in the loop's time; 0 if none waits."""
-        self._is_spent = False  # a single-use key has been used
+        self._spent_keys: set[bytes] = set()  # those for a single connection that had it
         self._is_refusing = False  # new channels, as it stops
         self._network: NetworkWatch | None = None
         self.probe: Probe | None = None
@@ -159,6 +162,8 @@ class Client(Service):
         ConfigurationError.
         """
         _new_cipher(settings.ticket, self.aes)
+        if settings.congestion_control:
+            check_congestion_control(settings.congestion_control)
         self.loop.call_soon_threadsafe(self._reconfigure, settings)
 
     @property
@@ -176,6 +181,15 @@ class Client(Service):
         if self.retry.is_refused:
             return ClientState.REFUSED
         return ClientState.WAITING if self._retry_timer is not None else ClientState.CONNECTING
+
+    @property
+    def _is_dialing(self) -> bool:
+        return self._dial_timer is not None
+
+    @property
+    def _is_spent(self) -> bool:
+        """Whether the ticket's key is for a single connection, and had it."""
+        return self.settings.ticket.aes_key in self._spent_keys
 
     # --- connecting ------------------------------------------------------------------
 
@@ -199,41 +213,45 @@ class Client(Service):
         """Begin an attempt; drop the one that is under way, if there is one."""
         self._drop_attempt()
         settings = self.settings
+        if self._is_spent:
+            self._failed(LinkError("no other tunnel can be opened"))
+            return
         via = f" by the proxy {settings.proxy}" if settings.proxy is not None else ""
         level = logging.DEBUG if self._unsaid else logging.INFO
         log.log(level, "connecting to the relay %s%s", settings.server, via)
         self.attempts += 1
         self._dialed_at = self.loop.now
         connect = partial(blocking_dial, settings.server, CONNECT_S, settings.proxy)
-        done = partial(self._connected, self._attempt, settings)
-        self._is_dialing = self._workers.submit(connect, done)
-        if not self._is_dialing:
+        if self._workers.submit(connect, partial(self._connected, self._attempt)):
+            self._dial_timer = self.loop.call_later(DIAL_S, self._dial_overdue)
+        else:
             self._failed(UnreachableError("no thread can be started to connect to the relay"))
         self._note_change()
 
     def _drop_attempt(self) -> None:
         """Nothing is under way to another tunnel any more."""
         self._attempt += 1
-        self._is_dialing = False
-        if self._retry_timer is not None:
-            self._retry_timer.cancel()
-            self._retry_timer, self.retry_at = None, 0.0
+        for timer in (self._dial_timer, self._retry_timer):
+            if timer is not None:
+                timer.cancel()
+        self._dial_timer = self._retry_timer = None
+        self.retry_at = 0.0
         opening, self._opening = self._opening, None
         if opening is not None:
             opening.end(LostError("another attempt has begun"))
 
-    def _connected(
-        self,
-        attempt: int,
-        settings: Settings,
-        sock: socket.socket | None,
-        error: Exception | None,
-    ) -> None:
+    def _dial_overdue(self) -> None:
+        self._drop_attempt()
+        said = f"can't reach the relay {self.settings.server}: no answer within {DIAL_S:.0f} s"
+        self._failed(UnreachableError(said))
+
+    def _connected(self, attempt: int, sock: socket.socket | None, error: Exception | None) -> None:
         if attempt != self._attempt:
             if sock is not None:
                 sock.close()
             return
-        self._is_dialing = False
+        self._drop_attempt()  # it is over
+        settings = self.settings  # the same for the tunnel, or this were another attempt
         if sock is None:
             self._failed(
                 UnreachableError(f"can't reach the relay {settings.server}: {reason(error)}")
@@ -245,7 +263,8 @@ class Client(Service):
             pass  # it could be had at the start
         ticket = settings.ticket
         cipher = _new_cipher(ticket, self.aes)
-        self._is_spent = ticket.cipher == "aes-gcm"
+        if ticket.cipher == "aes-gcm":
+            self._spent_keys.add(ticket.aes_key)
         self._opening = Tunnel(
             self.loop,
             self.bridges,
@@ -264,13 +283,26 @@ class Client(Service):
 
     def _failed(self, error: SniTunError, proven_s: float | None = None) -> None:
         """An attempt or a tunnel is over: try again, unless that makes no sense."""
-        text = str(error)
-        kind = next(name for type_, name in FAILURES if isinstance(error, type_))
-        self.failures[kind] = self.failures.get(kind, 0) + 1
         was_refused = self.retry.is_refused
         delay_s = self.retry.delay_s(error, proven_s)
         if self.retry.is_refused is not was_refused:
             self._say_again_at = 0.0
+        self._count(error, proven_s)
+        reason_to_end = self._reason_to_end(error)
+        if self._serving is None and reason_to_end is not None:
+            self._end(reason_to_end)
+        elif self._is_spent:
+            log.warning("%s; the former tunnel stays", reason_to_end)
+        else:
+            self._say(error, delay_s)
+            self._retry_in(delay_s)
+        self._note_change()
+
+    def _count(self, error: SniTunError, proven_s: float | None) -> None:
+        """Note how an attempt or a tunnel ended."""
+        text = str(error)
+        kind = next(name for type_, name in FAILURES if isinstance(error, type_))
+        self.failures[kind] = self.failures.get(kind, 0) + 1
         last = self.endings[-1] if self.endings else None
         if proven_s is None and last is not None and last.reason == text:
             last.count += 1
@@ -278,21 +310,19 @@ class Client(Service):
         else:
             self.endings.append(Ending(text, proven_s))
             self._say_again_at = 0.0
+
+    def _reason_to_end(self, error: SniTunError) -> SniTunError | None:
+        """Return what the client ends with, if it has no tunnel; None where it tries again."""
         if self.settings.once:
-            self._end(error)
-        elif self._is_spent:
-            self._end(
-                LinkError(
-                    f"{error}; the ticket's cipher aes-gcm serves one connection only, and this "
-                    "was it: get a new ticket, or one for aes-cbc or aes-gcm-siv"
-                )
+            return error
+        if self._is_spent:
+            return LinkError(
+                f"{error}; the ticket's cipher aes-gcm serves one connection only, and this "
+                "was it: get a new ticket, or one for aes-cbc or aes-gcm-siv"
             )
-        elif self.retry.is_refused and self.settings.exit_on_refusal:
-            self._end(RefusedError(f"refused {REFUSALS} times in a row: {error}"))
-        else:
-            self._say(error, delay_s)
-            self._retry_in(delay_s)
-        self._note_change()
+        if self.retry.is_refused and self.settings.exit_on_refusal:
+            return RefusedError(f"refused {REFUSALS} times in a row: {error}")
+        return None
 
     def _say(self, error: SniTunError, delay_s: float) -> None:
         """Log a failure; the same one again only now and then, with how often it came."""
@@ -323,8 +353,11 @@ class Client(Service):
                 tunnel.probe()
         if self._serving is not None or self._is_draining:
             return
-        # What failed, or hangs, may go now.
-        if self._retry_timer is None and self.loop.now > self._dialed_at + FIRST_S:
+        # What failed, or hangs, may go now; who is about to prove itself has some time for it.
+        hangs_s = FIRST_S if self._is_dialing else PROBE_S
+        if self._retry_timer is None:
+            if self._is_spent or self.loop.now <= self._dialed_at + hangs_s:
+                return
             self._drop_attempt()
             self._retry_in(FIRST_S * _random())
         elif self.retry_at > self.loop.now + FIRST_S:
@@ -381,6 +414,11 @@ class Client(Service):
         elif tunnel is not self._serving:
             if proven_s is not None:
                 log.info("the former tunnel ended after %.0f s: %s", proven_s, error)
+        elif self._opening is not None and isinstance(error, TakenOverError):
+            # By our own successor, whose proof is still on its way.
+            self._serving = None
+            self._up.clear()
+            log.info("the former tunnel ended after %.0f s: %s", proven_s, error)
         else:
             self._serving = None
             self._up.clear()
@@ -390,7 +428,7 @@ class Client(Service):
             elif not self._is_dialing and self._opening is None and self._retry_timer is None:
                 self._failed(error, proven_s)
             else:  # another one is on its way already
-                self.endings.append(Ending(str(error), proven_s))
+                self._count(error, proven_s)
                 log.warning("%s", error)
             self._note_change()
         self.tunnel_closed()
@@ -432,14 +470,15 @@ class Client(Service):
             tunnel.keepalive_s = settings.keepalive_s
             tunnel.channel_idle_s = settings.channel_idle_s
         self._start_probe()
-        if not settings.has_same_tunnel(former) and not self._is_draining:
+        if not settings.has_same_tunnel(former):
             self.renew()
+        self._note_change()  # the endpoint is in its summary
 
     def renew(self) -> None:
         """Open another tunnel; it takes over once it is proven."""
-        self._is_spent = False
-        self.retry.reset()
-        self._connect()
+        if not self._is_stopping and not self._is_draining:
+            self.retry.reset()
+            self._connect()
 
     def _start_probe(self) -> None:
         if self.probe is not None and self.settings.probe_s:
@@ -504,7 +543,7 @@ class Client(Service):
 
     def _begin_drain(self) -> bool:
         self._drop_attempt()
-        if self._serving is None:
+        if not self.tunnels:
             return False
         self.loop.call_later(SETTLE_S, self._refuse_channels)
         self._note_change()
@@ -515,7 +554,7 @@ class Client(Service):
         self._stop_if_done()
 
     def _is_drained(self) -> bool:
-        return self._serving is None or (self._is_refusing and not self.bridges.all)
+        return not self.tunnels or (self._is_refusing and not self.bridges.all)
 
     def _begin_stop(self) -> None:
         self._drop_attempt()

@@ -20,11 +20,12 @@ from snitun_sync.client.client import ClientState
 from snitun_sync.client.retry import REFUSALS, Retry
 from snitun_sync.client.settings import Settings
 from snitun_sync.client.status import clock_doubt
-from snitun_sync.errors import DeadLinkError, RefusedError, UsageError
+from snitun_sync.errors import DeadLinkError, LinkError, RefusedError, UsageError
 from snitun_sync.net import tunnel as tunnel_module
+from snitun_sync.net.dialing import blocking_dial
 from snitun_sync.net.service import Service
 from snitun_sync.protocol import frame
-from tests.services import RawRelay, Services, refusing_port
+from tests.services import Raw, RawRelay, Services, receive_exactly, refusing_port
 from tests.support import (
     HOSTNAME,
     Credentials,
@@ -236,6 +237,140 @@ def test_a_new_ticket_doesn_t_wait_for_the_next_attempt(
                 assert client.wait_until_up(10)
 
 
+def test_an_attempt_under_way_takes_the_new_settings_too(
+    relay: RawRelay, endpoint: Endpoint
+) -> None:
+    credentials, proxy = relay.credentials, f"http://127.0.0.1:{relay.port}"
+    with Client(credentials.ticket, endpoint.address, proxy=proxy) as client:
+        sock, _ = relay.listener.accept()
+        with Raw(sock, credentials, is_relay=True) as raw:
+            while b"\r\n\r\n" not in sock.recv(65536, socket.MSG_PEEK):
+                pass
+            sock.recv(65536)
+            client.reconfigure(
+                Settings(
+                    credentials.ticket,
+                    endpoint.address,
+                    proxy=proxy,
+                    keepalive_s=7,
+                    channel_idle_s=8,
+                )
+            )
+            on_loop(client, lambda: None)
+            sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            receive_exactly(sock, len(credentials.token))
+            raw.handshake()
+            raw.prove()
+            assert client.wait_until_up(10)
+            tunnel = client.tunnel
+            assert tunnel is not None
+            assert (tunnel.keepalive_s, tunnel.channel_idle_s) == (7, 8)
+
+
+def gcm_relay(tmp_path: Path, name: str) -> RawRelay:
+    (tmp_path / name).mkdir()
+    return RawRelay(Credentials(tmp_path / name, cipher="aes-gcm"))
+
+
+@pytest.mark.parametrize("when", ["it serves", "it isn't proven"])
+def test_a_key_for_one_connection_gets_no_other(
+    tmp_path: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Whatever asks for one: a second would start with the same nonces."""
+    monkeypatch.setattr(client_module, "FIRST_S", 0.0)
+    monkeypatch.setattr(client_module, "PROBE_S", 0.0)
+    with gcm_relay(tmp_path, "one") as relay:
+        ticket = relay.credentials.ticket
+        with Client(ticket, endpoint.address) as client, relay.tunnel(prove=False) as raw:
+            tunnel = wait_until(lambda: client.tunnel)
+            if when == "it serves":
+                raw.prove()
+                assert client.wait_until_up(10)
+                other = Settings(ticket, endpoint.address, server=f"localhost:{relay.port}")
+                client.reconfigure(other)
+                on_loop(client, client.renew)
+                assert client.state is ClientState.UP
+            else:
+                on_loop(client, client._network_changed)
+                raw.prove()
+                assert client.wait_until_up(10)
+            assert client.tunnel is tunnel
+            assert client.attempts == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"once": True}, {"exit_on_refusal": True}])
+def test_a_successor_that_fails_doesn_t_end_what_serves(
+    tmp_path: Path, endpoint: Endpoint, quick_retries: None, options: dict[str, Any]
+) -> None:
+    with gcm_relay(tmp_path, "one") as first, gcm_relay(tmp_path, "other") as second:
+        with Client(first.credentials.ticket, endpoint.address) as client:
+            with first.tunnel():
+                assert client.wait_until_up(10)
+                client.reconfigure(Settings(second.credentials.ticket, endpoint.address, **options))
+                second.tunnel(prove=False).sock.close()
+                wait_until(lambda: client.failures.get("refused"))
+                assert client.state is ClientState.UP
+                assert not client.wait(0)
+            with pytest.raises(LinkError):
+                client.wait(30)
+            assert client.failures["lost"] == 1
+
+
+def test_a_loss_while_a_successor_is_on_its_way_is_counted(
+    relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Retry, "delay_s", lambda *_: 3600.0)
+    ticket = relay.credentials.ticket
+    with refusing_port() as port, Client(ticket, endpoint.address) as client:
+        with relay.tunnel():
+            assert client.wait_until_up(10)
+            client.reconfigure(Settings(ticket, endpoint.address, server=f"127.0.0.1:{port}"))
+            wait_until(lambda: client.failures.get("unreachable"))
+        wait_until(lambda: client.state is ClientState.WAITING)
+        assert client.failures["lost"] == 1
+
+
+def test_nothing_is_opened_any_more_as_it_stops(
+    relay: RawRelay, endpoint: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Client(relay.credentials.ticket, endpoint.address) as client, relay.tunnel():
+        assert client.wait_until_up(10)
+
+        def stop() -> None:
+            client.stop()
+            client.loop.call_soon(client.renew)
+
+        on_loop(client, stop)
+        assert client.wait(10)
+        assert client.attempts == 1
+    assert "defect" not in caplog.text
+
+
+def test_channels_of_a_former_tunnel_have_their_grace_too(
+    tmp_path: Path, endpoint: Endpoint
+) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    other.mkdir()
+    with RawRelay(Credentials(one)) as first, RawRelay(Credentials(other)) as second:
+        with Client(first.credentials.ticket, endpoint.address) as client, first.tunnel() as raw:
+            raw.new(b"c" * 16)
+            raw.send(frame.DATA, b"c" * 16, data=ECHO)
+            assert raw.receive_flow(frame.DATA)[2] == b"hello"
+            client.reconfigure(Settings(second.credentials.ticket, endpoint.address))
+            with second.tunnel():
+                wait_until(lambda: client.proven == 2)
+                stopping = threading.Thread(target=client.stop, args=(60.0,))
+                stopping.start()
+                wait_until(lambda: client._is_refusing)
+            wait_until(lambda: len(client.tunnels) == 1)
+            raw.send(frame.DATA, b"c" * 16, data=b" again")
+            assert raw.receive_flow(frame.DATA)[2] == b" again"
+            raw.send(frame.CLOSE, b"c" * 16)
+            stopping.join(10)
+            assert not stopping.is_alive()
+
+
 def test_settings_name_the_option_that_is_wrong(credentials: Credentials) -> None:
     for options, said in (
         ({"keepalive_s": 0.0}, "--keepalive: 0 seconds; expected 1 to 75"),
@@ -395,6 +530,48 @@ def test_a_change_hurries_an_attempt_that_waits_or_hangs(
             client.loop.call_soon_threadsafe(client._network_changed)
             with relay.tunnel():
                 assert client.wait_until_up(10)
+
+
+def test_a_resolver_that_hangs_doesn_t_hold_the_client(
+    relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, quick_retries: None
+) -> None:
+    go_on = threading.Event()
+    calls: list[bool] = []
+
+    def hang_once(*arguments: Any) -> socket.socket:
+        calls.append(True)
+        if len(calls) == 1:
+            go_on.wait()
+        return blocking_dial(*arguments)
+
+    monkeypatch.setattr(client_module, "blocking_dial", hang_once)
+    monkeypatch.setattr(client_module, "DIAL_S", 0.2)
+    try:
+        with Client(relay.credentials.ticket, endpoint.address) as client:
+            wait_until(lambda: client.endings)
+            assert "can't reach the relay" in client.endings[0].reason
+            with relay.tunnel():
+                assert client.wait_until_up(10)
+                go_on.set()
+                relay.listener.accept()[0].close()  # it comes late, and is closed
+                assert client.state is ClientState.UP
+    finally:
+        go_on.set()
+
+
+def test_a_tunnel_about_to_prove_itself_isn_t_dropped_at_once(
+    relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a slow line, changes every other second would let none come up."""
+    monkeypatch.setattr(client_module, "FIRST_S", 0.0)
+    monkeypatch.setattr(client_module, "PROBE_S", 3600.0)
+    ticket = relay.credentials.ticket
+    with Client(ticket, endpoint.address) as client, relay.tunnel(prove=False) as raw:
+        wait_until(lambda: client._opening)
+        on_loop(client, client._network_changed)
+        raw.prove()
+        assert client.wait_until_up(10)
+        assert client.attempts == 1
 
 
 # --- refusals, failures ---------------------------------------------------------------------
