@@ -402,7 +402,9 @@ class Parser(argparse.ArgumentParser):
         settings = dict(file.items(self._section))
         for attribute in self._secrets:
             key = attribute.replace("_", "-")
-            if settings.get(key) and _is_public(path):
+            value = settings.get(key)
+            # A proxy's URL is a secret only where it has a password.
+            if value and (key != "proxy" or "@" in value) and _is_public(path):
                 options._warnings.append(
                     f"{path}: [{self._section}] {key} can be read by everybody: chmod 600 it"
                 )

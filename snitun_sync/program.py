@@ -53,6 +53,7 @@ _EXIT_CODES: tuple[tuple[type[SniTunError], int], ...] = (
 
 MAX_SECRET_BYTES = 65536
 SHORTEST_SECRET = 16
+STATUS_CHARACTERS = 512  # a message of 4096 bytes or more is ignored by systemd
 # Objects allocated before the collector looks for cycles among the young ones: connections
 # come and go and leave none.
 COLLECT_AFTER = 10_000
@@ -220,14 +221,35 @@ def _raise_descriptor_limit() -> None:
         pass
 
 
+def _tell_manager(name: str, text: str) -> None:
+    """Leave what the program ends with to `systemctl status`, by sd_notify(3); best effort.
+
+    While systemd waits for the next start it shows no line of the log that came before.
+    """
+    import socket  # noqa: PLC0415  not all programs have it
+
+    address = "\0" + name[1:] if name[0] == "@" else name
+    state = f"STATUS={' '.join(text.splitlines())[:STATUS_CHARACTERS]}"
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            sock.sendto(state.encode(errors="replace"), address)
+    except (OSError, ValueError):
+        pass
+
+
 def main(program: str, body: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     """Call `body(arguments)`; return the exit code, after one line for an error."""
+    manager = os.environ.get("NOTIFY_SOCKET", "")  # a service takes it out
     try:
         body(arguments)
         if sys.stdout is not None:
             sys.stdout.flush()
     except SniTunError as error:
-        say_last(f"{program}: {masked(str(error))}")
+        text = masked(str(error))
+        say_last(f"{program}: {text}")
+        if manager:
+            _tell_manager(manager, text)
         return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), EXIT_SOFTWARE)
     except KeyboardInterrupt:
         return 130

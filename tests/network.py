@@ -207,16 +207,7 @@ class Network:
         processes started there, but names they resolve as this machine does.
         """
 
-        def call() -> Result:
-            # os.setns came with Python 3.12.
-            with open(_NAMESPACES / self.names[host], "rb") as file:
-                if _libc.setns(file.fileno(), _CLONE_NEWNET):
-                    code = ctypes.get_errno()
-                    raise OSError(code, os.strerror(code), file.name)
-            return function()
-
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(call).result()
+        return in_network(_NAMESPACES / self.names[host], function)
 
     def set_nameserver(self, host: str, *addresses: str, options: str = "") -> None:
         """Let programs on `host` ask these for names, by resolv.conf(5); those that run, too."""
@@ -378,6 +369,21 @@ class Resolver:
                     reply.add_answer(RR(query.q.qname, query.q.qtype, rdata=record(address)))
         data: bytes = reply.pack()
         return data
+
+
+def in_network(path: Path, function: Callable[[], Result]) -> Result:
+    """Call `function()` on a thread that is in the network namespace of `path`."""
+
+    def call() -> Result:
+        # os.setns came with Python 3.12.
+        with open(path, "rb") as file:
+            if _libc.setns(file.fileno(), _CLONE_NEWNET):
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code), file.name)
+        return function()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(call).result()
 
 
 def _ip(network: int, number: int) -> str:

@@ -17,8 +17,13 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Callable
 
+from tests.network import in_network
 from tests.support import PROJECT, wait_until
+
+if TYPE_CHECKING:
+    from tests.network import Result
 
 SYSTEMD = "/lib/systemd/systemd"
 START_S = 20.0
@@ -249,6 +254,10 @@ class SystemdHost:
         if check:
             assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done
+
+    def inside(self, function: Callable[[], Result]) -> Result:
+        """Call `function()` on this host's network; see `Network.inside`."""
+        return in_network(Path(f"/proc/{self.pid}/ns/net"), function)
 
     def write_file(self, path: str, text: str, mode: int = 0o644) -> None:
         """Write a file, whose folders are made if need be; `mode` is its own from the start."""
