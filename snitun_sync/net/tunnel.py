@@ -19,6 +19,7 @@ then the channel that holds most and doesn't drain is aborted.
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 from enum import Enum
@@ -106,6 +107,9 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("snitun_sync")
+
+# What the kernel says when its time for an acknowledgement is over: nobody closed anything.
+_DEAD = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 
 
 class TunnelState(Enum):
@@ -476,6 +480,9 @@ class Tunnel(Handler):
         how = f"the {other} closed the connection"
         if error is not None:
             how = f"the connection to the {other} broke ({error.strerror or error})"
+            if error.errno in _DEAD:
+                is_up = self.state is TunnelState.UP
+                return DeadLinkError(how) if is_up else UnreachableError(how)
         if self.state is TunnelState.PROVING:
             return RefusedError(
                 f"{how} on the answer to its challenge: aes_key and aes_iv are not the token's"
