@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, TypeVar
@@ -269,9 +270,10 @@ class Network:
         """Give the client its IPv4 address and its routes again."""
         self._configure("client")
 
-    def change_address(self) -> None:
-        """Give the client another IPv4 address, a new `client_ip`."""
+    def change_address(self, gap_s: float = 0.0) -> None:
+        """Give the client another IPv4 address, a new `client_ip`, so long after the old one."""
         self.remove_address()
+        time.sleep(gap_s)
         self.client_ip = _ip(1, int(self.client_ip.rpartition(".")[2]) + 1)
         self.add_address()
 
