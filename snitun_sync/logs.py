@@ -33,10 +33,11 @@ RETRY_S = 0.5
 # How long a program that ends waits for its last lines to go.
 LAST_S = 0.5
 _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))  # syslog(3)
-# Tokens, tickets as a line or as JSON, Fernet keys and keys in hex, wherever they stand by
-# mistake; not what is part of a path.
+# Tokens, tickets as a line or as JSON, Fernet keys and keys in hex, logins of URLs, wherever
+# they stand by mistake; not what is part of a path.
 _SECRET = re.compile(
     r"(?<![\w/-])(?:(?:gA|st1\.)[\w=-]{20,}|[\w-]{43}=|[0-9a-fA-F]{64}(?![\w-]))|(?s:\{.{20,})"
+    r"|(?<=://)[^\s:@/]*:\S+(?=@)"
 )
 
 log = logging.getLogger("snitun_sync")

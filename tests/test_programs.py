@@ -120,7 +120,7 @@ def test_client_errors(tmp_path: Path, credentials: Credentials) -> None:
         (["--token-file", missing], 66, f"--token-file: can't read {missing}: No such file"),
         (["--token-file", tmp_path], 66, f"--token-file: can't read {tmp_path}: Is a directory"),
         (["--token-file", binary], 66, f"--token-file: {binary} is no text"),
-        (["--token-file", broken], 78, "--token-file: the ticket.*was it cut short"),
+        (["--token-file", broken], 78, f"--token-file: {broken}: the .*was it cut short"),
         (["--token", line, "--token-file", ticket_file], 64, "expected one of them, found both"),
         (["--token", str(ticket_file)], 78, "--token: no ticket.*for a file there is --token-file"),
         (["--token", token[:-1]], 78, "--token: no ticket.*was it cut short"),

@@ -190,6 +190,8 @@ def find_ticket(options: Options, former: Ticket | None = None) -> Ticket:
         if former is not None and options.token_file == "-":
             return former
         text = read_text(options.token_file, source)
+        if options.token_file != "-":
+            source = f"{source}: {options.token_file}"
     elif options.token == "-":
         if former is not None:
             return former
@@ -203,7 +205,7 @@ def find_ticket(options: Options, former: Ticket | None = None) -> Ticket:
                 TOKEN_ENVIRONMENT,
             )
     elif path := _credential():
-        text, source = read_text(path, "LoadCredential="), "LoadCredential="
+        text, source = read_text(path, "LoadCredential="), f"LoadCredential=: {path}"
     else:
         raise UsageError(
             f"no ticket: expected --token-file FILE, --token - or ${TOKEN_ENVIRONMENT}"

@@ -23,7 +23,6 @@ from ..errors import (
     LostError,
     RefusedError,
     SniTunError,
-    TakenOverError,
     UnreachableError,
 )
 from ..net.bridge import Bridge, BridgeState
@@ -185,6 +184,11 @@ class Client(Service):
     @property
     def _is_dialing(self) -> bool:
         return self._dial_timer is not None
+
+    @property
+    def _is_followed(self) -> bool:
+        """Whether the relay has let a successor in: it ends the tunnel that serves then."""
+        return self._opening is not None and self._opening.state is TunnelState.PROVING
 
     @property
     def _is_spent(self) -> bool:
@@ -414,8 +418,8 @@ class Client(Service):
         elif tunnel is not self._serving:
             if proven_s is not None:
                 log.info("the former tunnel ended after %.0f s: %s", proven_s, error)
-        elif self._opening is not None and isinstance(error, TakenOverError):
-            # By our own successor, whose proof is still on its way.
+        elif self._is_followed and not isinstance(error, DeadLinkError):
+            # By our own successor, whose proof is on its way. Published relays don't say so.
             self._serving = None
             self._up.clear()
             log.info("the former tunnel ended after %.0f s: %s", proven_s, error)
