@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..errors import ConfigurationError, UsageError
+from ..net.service import bounded, budget, channel_idle
 from ..net.tuning import ANSWER_S, CHANNEL_IDLE_S, CLIENT_BUDGET_BYTES, KEEPALIVE_S
 from ..protocol.names import parse_address
 from ..protocol.ticket import RELAY_PORT, Ticket
@@ -17,7 +18,6 @@ RECONNECT_SPREAD_S = 10.0
 MAX_CHANNELS = 4000
 # The relay's own time limit for silence is 90 s at published ones.
 LEAST_KEEPALIVE_S, MOST_KEEPALIVE_S = 1.0, 75.0
-LEAST_BUDGET_BYTES = 256 * 1024
 PROBE_PORT = 443
 
 
@@ -75,13 +75,13 @@ class Settings:
         elif proxy_password is not None:
             raise UsageError("--proxy-password-file: only with --proxy")
         self.once, self.exit_on_refusal = once, exit_on_refusal
-        self.keepalive_s = _bounded(
+        self.keepalive_s = bounded(
             keepalive_s, "--keepalive", LEAST_KEEPALIVE_S, MOST_KEEPALIVE_S, "seconds"
         )
-        self.reconnect_spread_s = _bounded(
+        self.reconnect_spread_s = bounded(
             reconnect_spread_s, "--reconnect-spread", 0, 3600, "seconds"
         )
-        self.probe_s = probe_s and _bounded(probe_s, "--probe", 1, 86400, "seconds")
+        self.probe_s = probe_s and bounded(probe_s, "--probe", 1, 86400, "seconds")
         self.probe_address = None
         if probe_address:
             self.probe_address = parse_address(
@@ -89,14 +89,12 @@ class Settings:
             )
         if probe_s and not self.ticket.hostname:
             raise ConfigurationError("--probe: the ticket names no hostname that could be opened")
-        self.budget_bytes = int(
-            _bounded(budget_bytes, "--budget", LEAST_BUDGET_BYTES, 2**40, "bytes")
-        )
-        self.max_channels = int(_bounded(max_channels, "--max-channels", 1, 10**6, "channels"))
+        self.budget_bytes = budget(budget_bytes)
+        self.max_channels = int(bounded(max_channels, "--max-channels", 1, 10**6, "channels"))
         self.max_new_channels = int(
-            _bounded(max_new_channels, "--max-new-channels", 0, 10**6, "channels a second")
+            bounded(max_new_channels, "--max-new-channels", 0, 10**6, "channels a second")
         )
-        self.channel_idle_s = _bounded(channel_idle_s, "--channel-idle", 1, 10**7, "seconds")
+        self.channel_idle_s = channel_idle(channel_idle_s)
         self.congestion_control, self.crypto = congestion_control, crypto
         self.admin, self.admin_token = admin, admin_token
 
@@ -114,9 +112,3 @@ class Settings:
             and str(self.proxy) == str(other.proxy)
             and self.congestion_control == other.congestion_control
         )
-
-
-def _bounded(value: float, option: str, least: float, most: float, unit: str) -> float:
-    if not least <= value <= most:
-        raise UsageError(f"{option}: {value:g} {unit}; expected {least:g} to {most:g}")
-    return value

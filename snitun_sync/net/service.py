@@ -17,7 +17,7 @@ from ..protocol.names import parse_address
 from .bridges import Bridges
 from .loop import Loop
 from .sockets import check_congestion_control
-from .tuning import STOP_S
+from .tuning import LEAST_BUDGET_BYTES, STOP_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,6 +35,23 @@ if TYPE_CHECKING:
     Self = TypeVar("Self", bound="Service")
 
 log = logging.getLogger("snitun_sync")
+
+
+def bounded(value: float, option: str, least: float, most: float, unit: str) -> float:
+    """Return the value of an option. Raises UsageError where it is out of its bounds."""
+    if not least <= value <= most:
+        raise UsageError(f"{option}: {value:g} {unit}; expected {least:g} to {most:g}")
+    return value
+
+
+def budget(size: int) -> int:
+    """Return a checked value of --budget."""
+    return int(bounded(size, "--budget", LEAST_BUDGET_BYTES, 2**40, "bytes"))
+
+
+def channel_idle(seconds: float) -> float:
+    """Return a checked value of --channel-idle."""
+    return bounded(seconds, "--channel-idle", 1, 10**7, "seconds")
 
 
 class Service:

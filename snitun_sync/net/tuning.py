@@ -14,6 +14,7 @@ PRESSURE_SHARE = 0.5
 PRESSURE_OVER_SHARE = 0.4
 CLIENT_BUDGET_BYTES = 8 * 1024 * 1024
 RELAY_BUDGET_BYTES = 64 * 1024 * 1024
+LEAST_BUDGET_BYTES = 256 * 1024
 # Reading goes on once the process holds less than this share of its budget.
 RESUME_READING_SHARE = 0.75
 # How long the tunnel may go unread while the budget is full: published peers of

@@ -13,7 +13,7 @@ import time
 
 from ..errors import ConfigurationError, ListenError, LostError, TokenError
 from ..net.bridge import Bridge
-from ..net.service import Service
+from ..net.service import Service, budget, channel_idle
 from ..net.sockets import host_text, listen, pack_ip
 from ..net.tuning import CHANNEL_IDLE_S, RELAY_BUDGET_BYTES
 from ..protocol.cipher import unit_cipher
@@ -70,14 +70,14 @@ class Server(Service):
             for text in texts
         ]
         check_fernet_keys(fernet_keys)
+        self.channel_idle_s = channel_idle(channel_idle_s)
         super().__init__(
-            budget_bytes=budget_bytes,
+            budget_bytes=budget(budget_bytes),
             crypto=crypto,
             congestion_control=congestion_control,
             admin=admin,
             admin_token=admin_token,
         )
-        self.channel_idle_s = channel_idle_s
         self.fernet = Fernet(fernet_keys, self.aes)
         self.arrivals: set[Arrival] = set()
         self.routes: dict[str, Registration] = {}
@@ -123,7 +123,7 @@ class Server(Service):
         """
         check_fernet_keys(fernet_keys)
         fernet = Fernet(fernet_keys, self.aes)
-        self.loop.call_soon_threadsafe(self._reconfigure, fernet, channel_idle_s)
+        self.loop.call_soon_threadsafe(self._reconfigure, fernet, channel_idle(channel_idle_s))
 
     def _reconfigure(self, fernet: Fernet, channel_idle_s: float) -> None:
         self.fernet, self.channel_idle_s = fernet, channel_idle_s

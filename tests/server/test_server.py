@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from snitun_sync.client import Client
-from snitun_sync.errors import ConfigurationError, ListenError
+from snitun_sync.errors import ConfigurationError, ListenError, UsageError
 from snitun_sync.net import tunnel as tunnel_module
 from snitun_sync.net.tuning import OUTPUT_LIMIT_BYTES
 from snitun_sync.protocol import frame
@@ -607,3 +607,17 @@ def test_an_endpoint_on_another_name(tmp_path: Path, endpoint: Endpoint) -> None
     with Services(tmp_path, endpoint, endpoint_address=f"localhost:{endpoint.port}") as services:
         with services.device("ECHO") as device:
             device.exchange(b"hello")
+
+
+def test_bounds_of_settings(credentials: Credentials) -> None:
+    keys = [credentials.fernet_key]
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"budget_bytes": 0}, "--budget: 0 bytes; expected 262144 to"),
+        ({"channel_idle_s": 0}, "--channel-idle: 0 seconds; expected 1 to"),
+    )
+    for options, said in wrong:
+        with pytest.raises(UsageError, match=said):
+            Server(keys, ["127.0.0.1:0"], **options)
+    with Server(keys, ["127.0.0.1:0"]) as server:
+        with pytest.raises(UsageError, match="--channel-idle"):
+            server.reconfigure(keys, channel_idle_s=0)
