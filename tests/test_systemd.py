@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from snitun_sync.program import EXIT_UNAVAILABLE
 from tests import systemd_host
 from tests.support import (
     HOSTNAME,
@@ -73,12 +74,19 @@ class Site:
         text = credentials.ticket_file.read_text()
         self.host.write_file("/etc/snitun/ticket", text, 0o600)
 
-    def configure(self, *client: str, endpoint: Endpoint | None = None, server: str = "") -> None:
+    def configure(
+        self,
+        *client: str,
+        admin: str = "unix:/run/snitun-client/admin",
+        endpoint: Endpoint | None = None,
+        server: str = "",
+    ) -> None:
         """Write the settings, more than the shipped ones in the lines `client` and `server`."""
         text = SETTINGS.read_text()
         for shipped, changed in (
             ("[client]\n", "\n".join(["[client]", "reconnect-spread = 0", *client, ""])),
             ("endpoint = 127.0.0.1:443", f"endpoint = {(endpoint or self.endpoint).address}"),
+            ("admin = unix:/run/snitun-client/admin", f"admin = {admin}"),
             ("[server]\n", f"[server]\n{server}\n"),
         ):
             assert text.count(shipped) == 1
@@ -112,9 +120,10 @@ class Site:
 
         wait_until(shown, f"{unit}: {pattern}")
 
-    def tell(self, program: str) -> subprocess.CompletedProcess[str]:
+    def tell(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run the command `status` of a program, as root."""
-        return self.host.run("python3", "-m", f"snitun_sync.{program}", "status", check=False)
+        command = ("python3", "-m", f"snitun_sync.{program}", "status", *arguments)
+        return self.host.run(*command, check=False)
 
 
 @pytest.fixture
@@ -430,6 +439,18 @@ def test_a_user_of_its_own_takes_another_ticket_without_a_gap(site: Site) -> Non
         with site.device(hostname="next.test") as other:
             other.exchange()
         device.exchange()
+
+
+def test_other_secrets_come_as_credentials_too(site: Site) -> None:
+    host, folder = site.host, "/run/credentials/snitun-client.service"
+    host.write_file("/etc/snitun/admin-token", "a token of its own\n", 0o600)
+    site.install(CLIENT, "[Service]\nLoadCredential=admin-token:/etc/snitun/admin-token\n")
+    site.configure(f"admin-token-file = {folder}/admin-token", admin="127.0.0.1:9180")
+    site.start()
+    assert site.tell("client", "--admin", "127.0.0.1:9180").returncode == EXIT_UNAVAILABLE
+    told = site.tell("client", "--config", "/etc/snitun/snitun.ini")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert "a token of its own" not in host.journal(CLIENT)
 
 
 @pytest.mark.parametrize("unit", [CLIENT, SERVER])
