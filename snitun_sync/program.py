@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+from functools import cache, partial
 
 from .errors import (
     AuthenticationError,
@@ -64,13 +65,14 @@ log = logging.getLogger("snitun_sync")
 def read_text(path: str, option: str, *, is_secret: bool = True) -> str:
     """Return the text of the file that `option` names; "-" is standard input.
 
-    Raises UnreadableError. A secret that others may read is worth a warning.
+    What came from there is kept, for when settings are read again. Raises UnreadableError. A
+    secret that others may read is worth a warning.
     """
     try:
         if path == "-":
             if sys.stdin is None:
                 raise UnreadableError(f"{option}: standard input is closed")
-            data = sys.stdin.buffer.read(MAX_SECRET_BYTES + 1)
+            data = _standard_input(option)
         else:
             with open(path, "rb") as file:
                 data = file.read(MAX_SECRET_BYTES + 1)
@@ -87,6 +89,12 @@ def read_text(path: str, option: str, *, is_secret: bool = True) -> str:
         return data.decode()
     except UnicodeDecodeError:
         raise UnreadableError(f"{option}: {name} is no text (UTF-8)") from None
+
+
+@cache
+def _standard_input(option: str) -> bytes:
+    """Return what comes from there: all to the option that reads it first, nothing to others."""
+    return sys.stdin.buffer.read(MAX_SECRET_BYTES + 1)
 
 
 def read_secret(path: str | None, option: str) -> str:
@@ -176,13 +184,7 @@ def run_service(
 
     def read_again() -> None:
         nonlocal grace_s
-        service.reloading()
-        try:
-            grace_s = reload(service)
-            log.info("the settings were read again")
-        except ConfigurationError as error:
-            log.error("%s; the former settings stay", error)
-        service.reloaded()
+        grace_s = reload(service)
 
     def say_status() -> None:
         from .status_command import table  # noqa: PLC0415  few ask
@@ -195,7 +197,7 @@ def run_service(
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGHUP, soon(read_again))
+    signal.signal(signal.SIGHUP, soon(partial(service.reload, read_again)))
     signal.signal(signal.SIGUSR1, soon(say_status))
     _raise_descriptor_limit()
     handler = stderr_handler()

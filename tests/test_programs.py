@@ -570,3 +570,35 @@ def test_relay_and_client_come_back_from_sigkill(
                     return device.receive_all()[0] == 7  # the alert
 
             wait_until(is_forgotten)
+
+
+@pytest.mark.parametrize("program", ["client", "server"])
+def test_what_came_from_standard_input_outlives_a_reload(
+    credentials: Credentials, tmp_path: Path, program: str
+) -> None:
+    """Nobody waits for more of it, and the other settings count."""
+    settings = tmp_path / "settings.ini"
+    settings.write_text("")
+    options = {
+        "client": ["--proxy", "http://user@127.0.0.1:1", "--proxy-password-file", "-"],
+        "server": ["--listen", "127.0.0.1:0", "--fernet-key-file", "-"],
+    }[program]
+    if program == "client":
+        options += ["--token-file", str(credentials.ticket_file)]
+    read, write = os.pipe()
+    os.write(write, (credentials.fernet_key + "\n").encode())
+    os.close(write)
+    started = {"client": "next attempt in", "server": "listening on"}[program]
+    with (
+        open(read, "rb") as stdin,
+        Program(
+            *module(f"snitun_sync.{program}", "--config", settings, *options), stdin=stdin
+        ) as running,
+    ):
+        running.wait_for(started)
+        settings.write_text(f"[{program}]\nchannel-idle = 0\n")
+        running.process.send_signal(signal.SIGHUP)
+        running.wait_for("channel-idle: 0 seconds; expected 1 to")
+        settings.write_text(f"[{program}]\nchannel-idle = 5\n")
+        running.process.send_signal(signal.SIGHUP)
+        running.wait_for("the settings were read again")

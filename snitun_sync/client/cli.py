@@ -177,28 +177,21 @@ def _add_ticket(options: Parser) -> None:
     bare.add_argument("--cipher", choices=CIPHERS, metavar="NAME", help=", ".join(CIPHERS))
 
 
-def find_ticket(options: Options, former: Ticket | None = None) -> Ticket:
-    """Return the ticket that the options give. Raises ConfigurationError.
-
-    `former` is the one that was read from standard input, when settings are read again.
-    """
+def find_ticket(options: Options) -> Ticket:
+    """Return the ticket that the options give. Raises ConfigurationError."""
     ranks = options.rank("token"), options.rank("token_file")
     if options.token is not None and ranks[0] == ranks[1]:
         raise UsageError("--token: --token-file is there, too; expected one of them, found both")
     if options.token_file is not None and ranks[1] < ranks[0]:
         source = options.source("token_file")
-        if former is not None and options.token_file == "-":
-            return former
         text = read_text(options.token_file, source)
         if options.token_file != "-":
             source = f"{source}: {options.token_file}"
     elif options.token == "-":
-        if former is not None:
-            return former
         text, source = read_text("-", options.source("token")), f"{options.source('token')} -"
     elif options.token is not None:
         text, source = options.token, options.source("token")
-        if ranks[0] == COMMAND_LINE and former is None:
+        if ranks[0] == COMMAND_LINE:
             logging.getLogger("snitun_sync").warning(
                 "--token on the command line can be seen in ps and in the shell's history: "
                 "better --token-file FILE, --token - or $%s",
@@ -328,7 +321,7 @@ def _run_client(arguments: Sequence[str]) -> None:
         def reload(service: Service) -> float:
             assert isinstance(service, Client)
             with parser().read(arguments, options) as fresh:
-                service.reconfigure(Settings(**_settings(fresh, service.settings.ticket)))
+                service.reconfigure(Settings(**_settings(fresh)))
                 grace_s: float = fresh.grace
                 return grace_s
 
@@ -338,13 +331,13 @@ def _run_client(arguments: Sequence[str]) -> None:
             run_service(make, options.grace, reload)
 
 
-def _settings(options: Options, former: Ticket | None = None) -> dict[str, Any]:
+def _settings(options: Options) -> dict[str, Any]:
     """Return what Settings take. Raises ConfigurationError."""
     password = None
     if options.proxy_password_file is not None:
         password = read_secret(options.proxy_password_file, options.source("proxy_password_file"))
     return {
-        "ticket": find_ticket(options, former),
+        "ticket": find_ticket(options),
         "endpoint": options.endpoint,
         "server": options.server or "",
         "proxy": options.proxy,

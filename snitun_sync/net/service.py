@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 
-from ..errors import LostError, MisuseError, SniTunError, UsageError
+from ..errors import ConfigurationError, LostError, MisuseError, SniTunError, UsageError
 from ..protocol.aes import load
 from ..protocol.names import parse_address
 from .bridges import Bridges
@@ -21,7 +21,7 @@ from .tuning import LEAST_BUDGET_BYTES, STOP_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+    from collections.abc import Callable, MutableMapping
     from types import TracebackType
     from typing import Any, TypeVar
 
@@ -169,15 +169,22 @@ class Service:
 
         self._notifier = Notifier.from_environment(self.loop, environment)
 
-    def reloading(self) -> None:
-        """Settings are about to be read again; on the loop's thread."""
-        if self._notifier is not None:
-            self._notifier.reloading()
-
-    def reloaded(self) -> None:
-        """They have been, with success or not."""
-        if self._notifier is not None and self._is_announced:
-            self._notifier.ready(self.summary())
+    def reload(self, read: Callable[[], object]) -> None:
+        """Read settings again by `read`; on the loop's thread. As it stops, that is over."""
+        if self._is_draining or self._is_stopping:
+            return
+        notifier = self._notifier if self._is_announced else None
+        if notifier is not None:
+            notifier.reloading()
+        try:
+            read()
+            log.info("the settings were read again")
+        except ConfigurationError as error:
+            log.error("%s; the former settings stay", error)
+        except Exception:
+            log.exception("defect in reading the settings; the former ones stay")
+        if notifier is not None:
+            notifier.ready(self.summary())
 
     def __enter__(self: Self) -> Self:
         return self.start()

@@ -98,8 +98,7 @@ def _run_relay(arguments: Sequence[str]) -> None:
         def reload(service: Service) -> float:
             assert isinstance(service, Server)
             with parser().read(arguments, options) as fresh:
-                if fresh.fernet_key_file != "-":
-                    service.reconfigure(_keys(fresh), channel_idle_s=fresh.channel_idle)
+                service.reconfigure(_keys(fresh), channel_idle_s=fresh.channel_idle)
                 grace_s: float = fresh.grace
                 return grace_s
 

@@ -7,14 +7,16 @@ import signal
 import socket
 import threading
 import time
+from itertools import islice
+from pathlib import Path
 
 import pytest
 
 from snitun_sync.client import Client
-from snitun_sync.errors import LostError, MisuseError, SniTunError, UsageError
+from snitun_sync.errors import ConfigurationError, LostError, MisuseError, SniTunError, UsageError
 from snitun_sync.net.service import Service
 from snitun_sync.server import Server
-from tests.support import Credentials, Endpoint, wait_until
+from tests.support import WAIT_S, Credentials, Endpoint, wait_until
 
 
 class Probe(Service):
@@ -144,3 +146,42 @@ def test_ending_by_itself_gives_the_reason() -> None:
         probe.loop.call_soon_threadsafe(probe._end, LostError("enough"))
         with pytest.raises(LostError, match="enough"):
             probe.wait(10)
+
+
+def test_the_manager_hears_of_a_reload_and_of_none_after_stopping(
+    credentials: Credentials, tmp_path: Path
+) -> None:
+    """RELOADING is always followed by READY, and STOPPING by neither."""
+
+    def wrong() -> None:
+        raise ConfigurationError("wrong")
+
+    def defect() -> None:
+        raise RuntimeError("a defect")
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(WAIT_S)
+        manager.bind(str(tmp_path / "notify"))
+        server = Server([credentials.fernet_key], ["127.0.0.1:0"])
+        server.notify_manager({"NOTIFY_SOCKET": str(tmp_path / "notify")})
+
+        def states(count: int) -> list[str]:
+            received = (manager.recv(4096).decode() for _ in range(100))
+            kinds = (text.partition("=")[0] for text in received)
+            return list(islice((kind for kind in kinds if kind != "STATUS"), count))
+
+        with server:
+            assert states(1) == ["READY"]
+            for read in (bool, wrong, defect):
+                server.loop.call_soon_threadsafe(server.reload, read)
+                assert states(2) == ["RELOADING", "READY"]
+            with socket.create_connection(("127.0.0.1", server.ports[0])):
+                wait_until(lambda: server.arrivals)
+                stopping = threading.Thread(target=server.stop, args=(60.0,))
+                stopping.start()
+                assert states(1) == ["STOPPING"]
+                server.loop.call_soon_threadsafe(server.reload, bool)
+            stopping.join(WAIT_S)
+        manager.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            states(1)
