@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from snitun_sync.client.settings import Settings
 from tests.interop.peers import NEWEST, published_relay
-from tests.services import ConnectProxy
+from tests.services import ConnectProxy, Services
 from tests.support import (
     HOSTNAME,
     PROJECT,
@@ -322,6 +323,27 @@ def test_other_settings_count_at_once(
             assert peer.wait() == 0
             assert device.sock.recv(1) == b""
         assert peer.output.count("ready: ") == 1
+
+
+def test_settings_count_as_soon_as_that_is_said(tmp_path: Path) -> None:
+    """A reload is on the loop's thread: nothing else happens between it and its line in the log."""
+    with Services(tmp_path) as services:
+        client, server = services.client, services.server
+        settings = Settings(services.credentials.ticket, "127.0.0.1:1")
+        results: list[bool] = []
+
+        def reload() -> None:
+            client.reconfigure(settings)
+            results.append(client.settings is settings)
+
+        def reload_server() -> None:
+            server.reconfigure([services.credentials.fernet_key], channel_idle_s=77)
+            results.append(server.channel_idle_s == 77)
+
+        client.loop.call_soon_threadsafe(reload)
+        server.loop.call_soon_threadsafe(reload_server)
+        wait_until(lambda: len(results) == 2)
+        assert results == [True, True]
 
 
 def test_the_relay_takes_a_new_key_while_tunnels_stay(

@@ -163,7 +163,10 @@ class Client(Service):
         _new_cipher(settings.ticket, self.aes)
         if settings.congestion_control:
             check_congestion_control(settings.congestion_control)
-        self.loop.call_soon_threadsafe(self._reconfigure, settings)
+        if threading.get_ident() == self._ident:
+            self._reconfigure(settings)  # whoever says then that they count is right
+        else:
+            self.loop.call_soon_threadsafe(self._reconfigure, settings)
 
     @property
     def tunnel(self) -> Tunnel | None:

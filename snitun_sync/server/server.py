@@ -9,6 +9,7 @@ import errno
 import hashlib
 import logging
 import os
+import threading
 import time
 
 from ..errors import ConfigurationError, ListenError, LostError, TokenError
@@ -123,7 +124,11 @@ class Server(Service):
         """
         check_fernet_keys(fernet_keys)
         fernet = Fernet(fernet_keys, self.aes)
-        self.loop.call_soon_threadsafe(self._reconfigure, fernet, channel_idle(channel_idle_s))
+        idle_s = channel_idle(channel_idle_s)
+        if threading.get_ident() == self._ident:
+            self._reconfigure(fernet, idle_s)  # whoever says then that they count is right
+        else:
+            self.loop.call_soon_threadsafe(self._reconfigure, fernet, idle_s)
 
     def _reconfigure(self, fernet: Fernet, channel_idle_s: float) -> None:
         self.fernet, self.channel_idle_s = fernet, channel_idle_s
