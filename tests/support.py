@@ -211,10 +211,14 @@ class Device:
         if receive_buffer:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.sock.settimeout(WAIT_S)
-        self.sock.connect((host, port))
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if command:
-            self.sock.sendall(client_hello(hostname) + command.encode() + b"\n")
+        try:
+            self.sock.connect((host, port))
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if command:
+                self.sock.sendall(client_hello(hostname) + command.encode() + b"\n")
+        except BaseException:
+            self.sock.close()
+            raise
 
     def __enter__(self) -> Device:
         return self
