@@ -511,7 +511,10 @@ class Client(Service):
         silent_s = self.loop.now - tunnel.received_at
         if silent_s > self.settings.proven_s:
             return f"the relay has said nothing for {silent_s:.0f} s"
-        return self.probe.failure if self.probe is not None else ""
+        return self.probe.doubt() if self.probe is not None else ""
+
+    def is_up(self) -> bool:
+        return self._serving is not None
 
     def summary(self) -> str:
         """Return the state in one line, for people."""

@@ -38,6 +38,8 @@ AGAIN_S = 30.0
 # So many failures in a row, and another tunnel is opened: it may lead to where this one doesn't.
 # The next one comes after twice as many: each cuts the connections that outlive its takeover.
 RENEW_AFTER = 3
+# Only a resolver that hangs takes so long; all else has less.
+OVERDUE_S = 90.0
 
 
 class Probe:
@@ -53,6 +55,7 @@ class Probe:
         self.checked_at: float | None = None
         """When the last probe ended, UTC Unix seconds."""
         self.took_s = 0.0
+        self._begun_at = 0.0
         if client._serving is not None:
             self.soon()
 
@@ -63,6 +66,13 @@ class Probe:
         """
         self._is_stale = self._is_running
         self._schedule(FIRST_S)
+
+    def doubt(self) -> str:
+        """Return why it isn't sure that devices get through; "" if it is."""
+        since_s = time.monotonic() - self._begun_at
+        if self._is_running and since_s > OVERDUE_S:
+            return f"self-probe: under way for {since_s:.0f} s"
+        return "self-probe: not done yet" if self.checked_at is None else self.failure
 
     def close(self) -> None:
         """Probe no more; what is under way is forgotten."""
@@ -94,13 +104,12 @@ class Probe:
         hostname = settings.ticket.hostname
         public = settings.probe_address or Address(hostname, PROBE_PORT)
         job = partial(_blocking_probe, hostname, public, settings.endpoint, settings.proxy)
-        self._is_running = self._workers.submit(job, partial(self._done, time.monotonic()))
+        self._begun_at = time.monotonic()
+        self._is_running = self._workers.submit(job, self._done)
         if not self._is_running:
             self._schedule(AGAIN_S)
 
-    def _done(
-        self, begun_at: float, found: tuple[str, bool] | None, error: Exception | None
-    ) -> None:
+    def _done(self, found: tuple[str, bool] | None, error: Exception | None) -> None:
         self._is_running = False
         if self._is_closed:
             return
@@ -109,7 +118,7 @@ class Probe:
             if self._timer is None:
                 self._start()
             return
-        self.took_s = time.monotonic() - begun_at
+        self.took_s = time.monotonic() - self._begun_at
         client, before = self._client, self.failure
         failure, is_local = found or (reason(error), True)
         self.failure = failure and f"self-probe: {failure}"

@@ -224,6 +224,10 @@ class Service:
         """Return why nobody is served, as far as this side can know; "" if somebody could be."""
         raise NotImplementedError
 
+    def is_up(self) -> bool:
+        """Tell whether the service manager may be told that it is there."""
+        return not self.ready()
+
     def summary(self) -> str:
         """Return how it goes in one line, for people."""
         raise NotImplementedError
@@ -241,7 +245,7 @@ class Service:
         notifier = self._notifier
         if notifier is None:
             return
-        if self._is_announced or self.ready():
+        if self._is_announced or not self.is_up():
             notifier.status(self.summary())
         else:
             self._is_announced = True

@@ -508,6 +508,27 @@ def test_a_ticket_for_one_connection_opens_no_other(
         assert client.state is ClientState.UP
 
 
+def test_what_nobody_knows_is_not_ready(
+    relay: Relay, credentials: Credentials, endpoint: TlsEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first result, and when none comes; the service manager only wants a tunnel."""
+    endpoint.says = b""
+    with probing(relay, credentials, endpoint.address) as client:
+        probe = client.probe
+        assert probe is not None
+        wait_until(lambda: probe._is_running)
+        assert ready(client) == "self-probe: not done yet"
+        assert client.is_up()
+        endpoint.says = None
+        endpoint.hang_up()
+        wait_until(lambda: probe.checked_at and not probe.failure)
+        wait_until(lambda: ready(client) == "")
+        endpoint.says = b""
+        monkeypatch.setattr(probe_module, "OVERDUE_S", 0.0)
+        wait_until(lambda: ready(client) == "self-probe: under way for 0 s")
+        endpoint.hang_up()
+
+
 def workers() -> int:
     return sum(thread.name == "snitun-worker" for thread in threading.enumerate())
 
