@@ -56,6 +56,7 @@ MIB = 1024 * 1024
 DEVICES = 12  # threads
 MAX_CHANNELS = 40
 CROWD = MAX_CHANNELS + 5
+CROWD_FIRST, CROWD_EACH = 30, 100  # connections
 DEVICE_S = 5.0  # a device's patience
 WAIT_S = 120.0  # for what must happen
 QUIET_S = 2.5  # nothing changes for so long; closed sockets may linger for 2 s
@@ -281,6 +282,7 @@ class Devices:
         self._target = 0
         self._allowed = 0.0  # as many connections may have been made by now
         self._busy = 0
+        self._crowd_at = CROWD_FIRST
         self._is_closed = False
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(DEVICES)]
         for thread in self._threads:
@@ -329,10 +331,14 @@ class Devices:
                     self._busy -= 1
 
     def _one(self, number: int) -> None:
-        turn = number % 20
-        if number % 200 == 19:
+        with self._lock:
+            is_crowd = self.done >= self._crowd_at
+            if is_crowd:
+                self._crowd_at = self.done + CROWD_EACH
+        if is_crowd:
             self._crowd()
             return
+        turn = number % 20
         kind, job = (
             ("download of 1 MiB", self._download)
             if turn in (11, 12)
@@ -378,7 +384,7 @@ class Devices:
             raise ValueError(f"a download of 1 MiB: {size} bytes, or others than were sent")
 
     def _slow(self) -> None:
-        self._download(16 * 1024, 0.02)
+        self._download(16 * 1024, 0.01)
 
     def _upload(self) -> None:
         from tests.support import pattern_sha256
