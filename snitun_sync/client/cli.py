@@ -15,7 +15,7 @@ from ..protocol.aes import load
 from ..protocol.cipher import CIPHERS, IV_SIZE, KEY_SIZE
 from ..protocol.names import parse_address
 from ..protocol.ticket import LINE_PREFIX, RELAY_PORT, TOKEN_PREFIX, Ticket, is_token
-from .client import Client
+from .client import Client, utc
 from .settings import ENDPOINT, MAX_CHANNELS, RECONNECT_SPREAD_S, Settings
 
 TYPE_CHECKING = False
@@ -280,8 +280,7 @@ def _time(seconds: float, now: float, over: str = "") -> str:
         if away_s >= 2 * least_s:
             unit, size_s = name, least_s
     away = f"{away_s / size_s:.0f} {unit}"
-    utc = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
-    return f"{utc} UTC ({f'in {away}' if seconds > now else f'{over}{away} ago'})"
+    return f"{utc(seconds)} UTC ({f'in {away}' if seconds > now else f'{over}{away} ago'})"
 
 
 def _run_show_ticket(arguments: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from enum import Enum
 from functools import partial
+from itertools import takewhile
 
 from ..errors import (
     DeadLinkError,
@@ -310,13 +311,15 @@ class Client(Service):
         text = str(error)
         kind = next(name for type_, name in FAILURES if isinstance(error, type_))
         self.failures[kind] = self.failures.get(kind, 0) + 1
-        last = self.endings[-1] if self.endings else None
-        if proven_s is None and last is not None and last.reason == text:
-            last.count += 1
-            last.time = time.time()
+        ending = Ending(text, proven_s)
+        since_loss = takewhile(lambda former: former.proven_s is None, reversed(self.endings))
+        same = next((former for former in since_loss if former.reason == text), None)
+        if proven_s is None and same is not None:
+            self.endings.remove(same)
+            ending.count += same.count
         else:
-            self.endings.append(Ending(text, proven_s))
             self._say_again_at = 0.0
+        self.endings.append(ending)
 
     def _reason_to_end(self, error: SniTunError) -> SniTunError | None:
         """Return what the client ends with, if it has no tunnel; None where it tries again."""

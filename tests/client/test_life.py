@@ -619,6 +619,20 @@ def test_the_same_failure_is_said_once_and_counted(
     assert ending.count >= 20
 
 
+def test_failures_that_take_turns_are_folded_too(
+    relay: RawRelay, endpoint: Endpoint, quick_retries: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Client(relay.credentials.ticket, endpoint.address) as client:
+        for _ in range(5):
+            relay.accept().close()
+            with relay.accept() as sock:
+                sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n<html>log in first</html>")
+                wait_until(lambda: not client._opening)
+        wait_until(lambda: sum(ending.count for ending in client.endings) == 10)
+        assert [ending.count for ending in client.endings] == [5, 5]
+    assert caplog.text.count("; next attempt in") == 2
+
+
 # --- what it says of itself -------------------------------------------------------------------
 
 
