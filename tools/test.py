@@ -24,8 +24,12 @@ from tools.environment import PROJECT
 
 # With published releases and other people's programs, and under load: one after the other.
 REST = ("tests/interop", "tests/test_real_users.py", "tests/test_load.py", "tests/test_bench.py")
+# Whole programs for a while, in networks of their own and under systemd; once is enough.
+WHOLE = tuple(
+    f"tests/test_{name}.py" for name in ("faults", "network", "signals", "soak", "systemd")
+)
 # The package itself. Its tests mostly wait, so several run at once.
-CORE = ("-n", "4", "tests", *(f"--ignore={path}" for path in REST))
+CORE = ("-n", "4", "tests", *(f"--ignore={path}" for path in (*REST, *WHOLE)))
 OTHER_PYTHONS: tuple[tuple[str, tuple[str, ...]], ...] = (("3.9", ()), ("3.13", ("-OO",)))
 CACHE = PROJECT / ".cache"
 
@@ -95,6 +99,7 @@ def main() -> int:
     steps.run("tests of the package", *pytest, *CORE)
     if options.quick:
         return steps.report()
+    steps.run("tests of faults, signals and systemd", *pytest, "-n", "3", *WHOLE)
     steps.run("tests with other programs, and under load", *pytest, *REST)
     steps.run("tests of the package, cryptography", *pytest, "--crypto=cryptography", *CORE)
     other_pythons(steps)
