@@ -32,7 +32,10 @@ class Expected(NamedTuple):
 SILENCE = Expected(
     r"answered no PING|nothing for|connection timed out|No route", "dead unreachable"
 )
-CLOSED = Expected("the relay closed the connection", "lost unreachable")
+# A reset, where the relay had something unread.
+CLOSED = Expected(
+    "the relay closed the connection|connection to the relay broke", "lost unreachable"
+)
 RESET = Expected("Connection reset by peer", "lost dead unreachable")
 UNNOTICED = Expected("", "dead unreachable")
 EXPECTED = {
