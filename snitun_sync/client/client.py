@@ -476,9 +476,8 @@ class Client(Service):
         self.limits.settings = settings
         self.endpoint.replace(settings.endpoint)
         self.retry.spread_s = settings.reconnect_spread_s
-        for tunnel in self.tunnels:
-            tunnel.keepalive_s = settings.keepalive_s
-            tunnel.channel_idle_s = settings.channel_idle_s
+        for tunnel in tuple(self.tunnels):
+            tunnel.set_limits(settings.keepalive_s, settings.channel_idle_s)
         self._start_probe()
         if not settings.has_same_tunnel(former):
             self.renew()

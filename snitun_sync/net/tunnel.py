@@ -560,6 +560,15 @@ class Tunnel(Handler):
                 self._timer.cancel()
             self._check()
 
+    def set_limits(self, keepalive_s: float, channel_idle_s: float) -> None:
+        """Take other time limits from now on; as a client."""
+        self.keepalive_s, self.channel_idle_s = keepalive_s, channel_idle_s
+        if self.sock is not None:
+            limit_unacknowledged(self.sock, keepalive_s + ANSWER_S)
+        if self.state is TunnelState.UP and self._timer is not None:
+            self._timer.cancel()
+            self._check()
+
     def _ping(self, extra: bytes = EXTRA_PING) -> None:
         self._ping_id = self.mux.ping(extra)
         self._asked_at = self.loop.now

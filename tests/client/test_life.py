@@ -267,6 +267,21 @@ def test_an_attempt_under_way_takes_the_new_settings_too(
             assert (tunnel.keepalive_s, tunnel.channel_idle_s) == (7, 8)
 
 
+def test_a_shorter_keepalive_counts_at_once(relay: RawRelay, endpoint: Endpoint) -> None:
+    """And so does TCP's own time limit."""
+    ticket = relay.credentials.ticket
+    with Client(ticket, endpoint.address) as client, relay.tunnel() as raw:
+        assert client.wait_until_up(10)
+        client.reconfigure(Settings(ticket, endpoint.address, keepalive_s=1))
+        ping_id, flow, extra, _ = raw.receive()
+        assert (flow, extra[:4]) == (frame.PING, b"ping")
+        raw.send(frame.PING, ping_id, b"pong")
+        tunnel = client.tunnel
+        assert tunnel is not None and tunnel.sock is not None
+        option = tunnel.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        assert option == 16_000
+
+
 def gcm_relay(tmp_path: Path, name: str) -> RawRelay:
     (tmp_path / name).mkdir()
     return RawRelay(Credentials(tmp_path / name, cipher="aes-gcm"))
