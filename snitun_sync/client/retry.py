@@ -34,8 +34,6 @@ class Retry:
         self._limit_s = FIRST_S
         self._rest_s = 0.0  # from the first retry to the end of the spread
         self._refusals = 0
-        self.failures = 0
-        """Attempts and tunnels that failed since the last good tunnel."""
 
     @property
     def is_refused(self) -> bool:
@@ -47,7 +45,6 @@ class Retry:
 
         `proven_s` tells for how long the tunnel was proven, None an attempt that never was.
         """
-        self.failures += 1
         rest_s, self._rest_s = self._rest_s, 0.0
         if proven_s is None:
             self._refusals = self._refusals + 1 if isinstance(error, RefusedError) else 0
@@ -63,7 +60,7 @@ class Retry:
 
     def reset(self) -> None:
         """What was before doesn't count any more."""
-        self._limit_s, self._rest_s, self._refusals, self.failures = FIRST_S, 0.0, 0, 0
+        self._limit_s, self._rest_s, self._refusals = FIRST_S, 0.0, 0
 
     def _draw(self, limit_s: float, rest_s: float = 0.0) -> float:
         last_s = LAST_REFUSED_S if self.is_refused else LAST_S
