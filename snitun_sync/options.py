@@ -273,8 +273,6 @@ class Parser(argparse.ArgumentParser):
         options = self.parse_args(arguments, options)
         if former is None:
             set_up_logging(options.log_level, options.log_format)
-        else:
-            log.root.setLevel(options.log_level.upper())
         for warning in options._warnings:
             log.warning("%s", warning)
         return options

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from .net.service import Service
+    from .options import Options
 
 EXIT_OK = 0
 EXIT_NOT_READY = 1
@@ -164,13 +165,14 @@ def _overwrite(secret: str, start_field: int, end_field: int) -> None:
 
 
 def run_service(
-    make: Callable[[], Service], grace_s: float, reload: Callable[[Service], float]
+    make: Callable[[], Service], options: Options, reload: Callable[[Service], Options]
 ) -> None:
     """Make a service and run it until it ends, or until SIGTERM or SIGINT stop it well.
 
-    Open channels get `grace_s` seconds then; a second signal stops it at once. SIGHUP calls
-    `reload(service)` on the service's thread, which returns the new grace time or raises
-    ConfigurationError; SIGUSR1 logs how it goes. Raises the SniTunError that ended it.
+    Open channels get the time of `options.grace` then; a second signal stops it at once. SIGHUP
+    calls `reload(service)` on the service's thread, which returns the options that count
+    from now on or raises ConfigurationError; SIGUSR1 logs how it goes. Raises the SniTunError
+    that ended it.
     """
     service = make()
     if "NOTIFY_SOCKET" in os.environ:
@@ -180,11 +182,12 @@ def run_service(
     gc.set_threshold(COLLECT_AFTER)
 
     def stop(number: int, frame: object) -> None:
-        service.stop(grace_s)
+        service.stop(options.grace)
 
     def read_again() -> None:
-        nonlocal grace_s
-        grace_s = reload(service)
+        nonlocal options
+        options = reload(service)
+        log.root.setLevel(options.log_level.upper())
 
     def say_status() -> None:
         from .status_command import table  # noqa: PLC0415  few ask

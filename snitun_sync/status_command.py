@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import Any
 
+    from .options import Options
+
     Report = dict[str, Any]
 
 WATCH_S = 2.0
@@ -59,18 +61,23 @@ def run_status(program: str, arguments: Sequence[str]) -> None:
     with parser(program).read(arguments) as options:
         address = parse_address(options.admin, "--admin", can_be_unix=True)
         token = read_secret(options.admin_token_file, "--admin-token-file")
-        while True:
-            report = ask(address, token)
-            if options.json:
-                print(json.dumps(report), flush=True)
-            else:
-                text = "\n".join(table(report))
-                print(CLEAR_SCREEN + text if options.watch else text, flush=True)
-            if not options.watch:
-                break
+        report = ask(address, token)
+        _show(report, options)
+        while options.watch:
             time.sleep(WATCH_S)
+            try:
+                _show(ask(address, token), options)
+            except LinkError as error:  # it may come back
+                print(CLEAR_SCREEN * (not options.json) + str(error), flush=True)
     if not report["is_ready"]:
         raise NotReadyError(f"not ready: {report['reason']}")
+
+
+def _show(report: Report, options: Options) -> None:
+    if options.json:
+        print(json.dumps(report), flush=True)
+    else:
+        print(CLEAR_SCREEN * options.watch + "\n".join(table(report)), flush=True)
 
 
 def ask(address: Address, token: str) -> Report:

@@ -317,17 +317,16 @@ def _run_client(arguments: Sequence[str]) -> None:
         def make() -> Client:
             return Client(**_settings(options))
 
-        def reload(service: Service) -> float:
+        def reload(service: Service) -> Options:
             assert isinstance(service, Client)
             with parser().read(arguments, options) as fresh:
                 service.reconfigure(Settings(**_settings(fresh)))
-                grace_s: float = fresh.grace
-                return grace_s
+                return fresh
 
         if options.check:
             check_service(PROGRAM, options, make)
         else:
-            run_service(make, options.grace, reload)
+            run_service(make, options, reload)
 
 
 def _settings(options: Options) -> dict[str, Any]:

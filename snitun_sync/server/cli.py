@@ -95,17 +95,16 @@ def _run_relay(arguments: Sequence[str]) -> None:
                 admin_token=read_secret(options.admin_token_file, "--admin-token-file"),
             )
 
-        def reload(service: Service) -> float:
+        def reload(service: Service) -> Options:
             assert isinstance(service, Server)
             with parser().read(arguments, options) as fresh:
                 service.reconfigure(_keys(fresh), channel_idle_s=fresh.channel_idle)
-                grace_s: float = fresh.grace
-                return grace_s
+                return fresh
 
         if options.check:
             check_service(PROGRAM, options, make)
         else:
-            run_service(make, options.grace, reload)
+            run_service(make, options, reload)
 
 
 def _keys(options: Options) -> list[str]:
