@@ -12,10 +12,8 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from enum import Enum
 from functools import partial
-from itertools import takewhile
 
 from ..errors import (
     DeadLinkError,
@@ -39,6 +37,7 @@ from ..protocol.aes import load
 from ..protocol.cipher import unit_cipher
 from ..protocol.handshake import ClientHandshake
 from .endpoint import Endpoint, reason
+from .history import History
 from .limits import Limits
 from .retry import FIRST_S, REFUSALS, Retry
 from .settings import ENDPOINT, Settings
@@ -62,9 +61,6 @@ log = logging.getLogger("snitun_sync")
 DIAL_S = 60.0
 # Channels that the relay opens before it has proven that it knows the key.
 HELD_CHANNELS = 256
-# The same failure again and again is said this often.
-SAY_AGAIN_S = 600.0
-ENDINGS_KEPT = 10
 # After SIGTERM: how long channels are let in that were on their way.
 SETTLE_S = 0.3
 # A retired tunnel: how often to see whether its channels are over, and for how long at most. The
@@ -81,18 +77,6 @@ class ClientState(Enum):
     REFUSED = "refused"  # by the relay, again and again; it still tries
     UP = "up"
     STOPPING = "stopping"
-
-
-class Ending:
-    """How a tunnel ended, or an attempt to open one; the same again is counted."""
-
-    __slots__ = ("count", "proven_s", "reason", "time")
-
-    def __init__(self, reason: str, proven_s: float | None) -> None:
-        self.time = time.time()  # UTC, Unix seconds, of the last one
-        self.reason = reason
-        self.proven_s = proven_s  # for how long it was proven; None: never
-        self.count = 1
 
 
 class Client(Service):
@@ -138,14 +122,9 @@ class Client(Service):
         self._state = ClientState.CONNECTING
         self.state_since = self.started = time.time()
         """UTC, Unix seconds, of the last change of `state`, and of the start."""
-        self.endings: deque[Ending] = deque(maxlen=ENDINGS_KEPT)
-        """The latest last."""
+        self.history = History()
         self.attempts = self.proven = 0
         """How many connections were tried in all, and how many tunnels were proven."""
-        self.failures: dict[str, int] = {}
-        """How many attempts and tunnels failed, by kind."""
-        self._say_again_at = 0.0
-        self._unsaid = 0
 
     def wait_until_up(self, timeout_s: float | None = None) -> bool:
         """Wait until the relay has proven itself; return whether it has.
@@ -225,7 +204,7 @@ class Client(Service):
             self._failed(LinkError("no other tunnel can be opened"))
             return
         via = f" by the proxy {settings.proxy}" if settings.proxy is not None else ""
-        level = logging.DEBUG if self._unsaid else logging.INFO
+        level = logging.DEBUG if self.history.is_folding else logging.INFO
         log.log(level, "connecting to the relay %s%s", settings.server, via)
         self.attempts += 1
         self._dialed_at = self.loop.now
@@ -293,33 +272,21 @@ class Client(Service):
         """An attempt or a tunnel is over: try again, unless that makes no sense."""
         was_refused = self.retry.is_refused
         delay_s = self.retry.delay_s(error, proven_s)
+        self.history.add(error, proven_s)
         if self.retry.is_refused is not was_refused:
-            self._say_again_at = 0.0
-        self._count(error, proven_s)
+            self.history.say_next()
         reason_to_end = self._reason_to_end(error)
         if self._serving is None and reason_to_end is not None:
             self._end(reason_to_end)
         elif self._is_spent:
             log.warning("%s; the former tunnel stays", reason_to_end)
         else:
-            self._say(error, delay_s)
+            plan = f"next attempt in {delay_s:.1f} s"
+            if self.retry.is_refused:
+                plan = f"it refuses this client, so attempts are rarer from now on; {plan}"
+            self.history.say(str(error), plan, self.loop.now)
             self._retry_in(delay_s)
         self._note_change()
-
-    def _count(self, error: SniTunError, proven_s: float | None) -> None:
-        """Note how an attempt or a tunnel ended."""
-        text = str(error)
-        kind = next(name for type_, name in FAILURES if isinstance(error, type_))
-        self.failures[kind] = self.failures.get(kind, 0) + 1
-        ending = Ending(text, proven_s)
-        since_loss = takewhile(lambda former: former.proven_s is None, reversed(self.endings))
-        same = next((former for former in since_loss if former.reason == text), None)
-        if proven_s is None and same is not None:
-            self.endings.remove(same)
-            ending.count += same.count
-        else:
-            self._say_again_at = 0.0
-        self.endings.append(ending)
 
     def _reason_to_end(self, error: SniTunError) -> SniTunError | None:
         """Return what the client ends with, if it has no tunnel; None where it tries again."""
@@ -333,18 +300,6 @@ class Client(Service):
         if self.retry.is_refused and self.settings.exit_on_refusal:
             return RefusedError(f"refused {REFUSALS} times in a row: {error}")
         return None
-
-    def _say(self, error: SniTunError, delay_s: float) -> None:
-        """Log a failure; the same one again only now and then, with how often it came."""
-        if self.loop.now < self._say_again_at:
-            self._unsaid += 1
-            return
-        self._say_again_at = self.loop.now + SAY_AGAIN_S
-        again = f" (and {self._unsaid} times before)" if self._unsaid else ""
-        self._unsaid = 0
-        if self.retry.is_refused:
-            again += "; it refuses this client, so attempts are rarer from now on"
-        log.warning("%s%s; next attempt in %.1f s", error, again, delay_s)
 
     def _retry_in(self, delay_s: float) -> None:
         if self._retry_timer is not None:
@@ -392,7 +347,7 @@ class Client(Service):
         if former is not None:
             self._retire(former, self.loop.now + RETIRED_S)
         self.proven += 1
-        self._say_again_at, self._unsaid = 0.0, 0
+        self.history.say_next()
         held, self._held = self._held, []
         for bridge in held:
             self.endpoint.connect(bridge)
@@ -438,7 +393,7 @@ class Client(Service):
             elif not self._is_dialing and self._opening is None and self._retry_timer is None:
                 self._failed(error, proven_s)
             else:  # another one is on its way already
-                self._count(error, proven_s)
+                self.history.add(error, proven_s)
                 log.warning("%s", error)
             self._note_change()
         self.tunnel_closed()
@@ -508,7 +463,7 @@ class Client(Service):
         if state is ClientState.STOPPING:
             return "stopping"
         if tunnel is None:
-            last = self.endings[-1].reason if self.endings else "connecting for the first time"
+            last = self.history.last or "connecting for the first time"
             return ("refused" if state is ClientState.REFUSED else "no tunnel") + f": {last}"
         silent_s = self.loop.now - tunnel.received_at
         if silent_s > self.settings.proven_s:
@@ -528,8 +483,8 @@ class Client(Service):
             failure = self.ready()
             return f"{what}; but {failure}" if failure else what
         text = f"{state.value} {since}"
-        if self.endings and state is not ClientState.STOPPING:
-            text += f": {self.endings[-1].reason}"
+        if self.history.last and state is not ClientState.STOPPING:
+            text += f": {self.history.last}"
         return text
 
     def report(self) -> dict[str, Any]:
@@ -583,16 +538,6 @@ class Client(Service):
         super()._close()
         self._is_closed = True
         self._up.set()
-
-
-# What a failure is called in the metrics; the first that fits.
-FAILURES: tuple[tuple[type[SniTunError], str], ...] = (
-    (UnreachableError, "unreachable"),
-    (RefusedError, "refused"),
-    (DeadLinkError, "dead"),
-    (LostError, "lost"),
-    (SniTunError, "other"),
-)
 
 
 def _new_cipher(ticket: Ticket, aes: Aes) -> UnitCipher:

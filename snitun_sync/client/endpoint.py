@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import socket
 
     from ..net.bridge import Bridge
-    from ..net.loop import Loop
+    from ..net.loop import Loop, Timer
     from ..net.sockets import Place
     from ..net.workers import Workers
     from ..protocol.names import Address
@@ -35,6 +35,7 @@ class Endpoint:
         self._loop, self._workers = loop, workers
         self._opening: dict[Bridge, Connecting | None] = {}  # None: the name comes first
         self._is_resolving = False
+        self._timer: Timer | None = None  # while channels wait for a name
         self.replace(address)
 
     def __str__(self) -> str:
@@ -54,6 +55,8 @@ class Endpoint:
             self._start(bridge)
         else:
             self._opening[bridge] = None
+            if self._timer is None:
+                self._timer = self._loop.call_later(CONNECT_S, self._overdue)
             if not self._is_resolving:
                 self._resolve()
 
@@ -62,6 +65,19 @@ class Endpoint:
         connecting = self._opening.pop(bridge, None)
         if connecting is not None:
             connecting.close()
+
+    def _overdue(self) -> None:
+        self._timer = None
+        self._give_up(f"its name is not resolved within {CONNECT_S:.0f} s")
+
+    def _give_up(self, why: str) -> None:
+        """Abort the channels that wait for the name."""
+        for bridge in self._waiting():
+            del self._opening[bridge]
+            bridge.abort(EndpointError(f"can't reach endpoint {self}: {why}"))
+
+    def _waiting(self) -> list[Bridge]:
+        return [bridge for bridge, connecting in self._opening.items() if connecting is None]
 
     def _resolve(self) -> None:
         address = self.address
@@ -75,7 +91,9 @@ class Endpoint:
         self, address: Address, places: list[Place] | None, error: Exception | None
     ) -> None:
         self._is_resolving = False
-        waiting = [bridge for bridge, connecting in self._opening.items() if connecting is None]
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if address is not self.address:  # it was replaced meanwhile
             places = self._places
             if not places:
@@ -83,12 +101,11 @@ class Endpoint:
                 return
         elif places is not None:
             self._places, self._resolved_until = places, self._loop.now + RESOLVED_S
-        for bridge in waiting:
-            if places is not None:
+        if places is None:
+            self._give_up(reason(error))
+        else:
+            for bridge in self._waiting():
                 self._start(bridge)
-            else:
-                del self._opening[bridge]
-                bridge.abort(EndpointError(f"can't reach endpoint {self}: {reason(error)}"))
 
     def _start(self, bridge: Bridge) -> None:
         done = partial(self._connected, bridge)

@@ -56,7 +56,7 @@ def report(client: Client) -> dict[str, Any]:
         "endpoint": str(client.endpoint),
         "tunnel": _tunnel(tunnel, now) if tunnel is not None else None,
         "attempts": client.attempts,
-        "failures": client.failures,
+        "failures": client.history.failures,
         "retry_in_s": retry_in_s,
         "endings": [
             {
@@ -65,7 +65,7 @@ def report(client: Client) -> dict[str, Any]:
                 "reason": ending.reason,
                 "count": ending.count,
             }
-            for ending in client.endings
+            for ending in client.history.endings
         ],
         "refused_channels": client.limits.refused,
         "ticket": {
@@ -122,7 +122,7 @@ def metrics(client: Client) -> list[Family]:
             f"{PREFIX}_failures",
             "Attempts and tunnels that failed, by reason.",
             "reason",
-            client.failures,
+            client.history.failures,
         ),
         counters(
             f"{PREFIX}_channels_refused",

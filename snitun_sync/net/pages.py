@@ -24,7 +24,7 @@ def pages(service: Service) -> dict[str, Callable[[], Answer]]:
         return 200, "text/plain", "ready\n"
 
     def status() -> Answer:
-        return 200, "application/json", json.dumps(service.report(), indent=2) + "\n"
+        return 200, "application/json", json.dumps(service.report()) + "\n"
 
     def metrics() -> Answer:
         return 200, CONTENT_TYPE, render(service.metrics())

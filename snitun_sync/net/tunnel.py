@@ -105,6 +105,9 @@ if TYPE_CHECKING:
         def channel_closed(self, bridge: Bridge) -> None:
             """The bridge is closed, and all that it held is free."""
 
+        def fail(self, error: Exception) -> None:
+            """A defect: what the tunnel's end called raised `error`."""
+
 
 log = logging.getLogger("snitun_sync")
 
@@ -683,6 +686,8 @@ class Tunnel(Handler):
         self._owner.tunnel_ended(self, self.error)
 
     def fail(self, error: Exception) -> None:
+        if self.state is TunnelState.ENDED:  # its owner's code raised it
+            self._owner.fail(error)
         self.end(SniTunError(f"a defect: {error!r}"))
 
     def _update(self) -> None:

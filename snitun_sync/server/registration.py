@@ -127,6 +127,9 @@ class Registration:
         )
         server.tunnel_closed()
 
+    def fail(self, error: Exception) -> None:
+        """A defect, which the loop has logged: the other clients are not to blame."""
+
     def channel_opened(self, tunnel: Tunnel, channel: Channel, address: bytes) -> None:
         """Never comes: a client opens no channels."""
 

@@ -16,6 +16,7 @@ import pytest
 
 from snitun_sync.client import Client
 from snitun_sync.client import client as client_module
+from snitun_sync.client import endpoint as endpoint_module
 from snitun_sync.client.endpoint import OPENING_LIMIT
 from snitun_sync.client.retry import Retry
 from snitun_sync.errors import (
@@ -570,6 +571,36 @@ def test_an_endpoint_s_name_is_resolved_on_a_worker(
         for _ in range(3):
             raw.receive_flow(frame.CLOSE)
     assert "can't reach endpoint no-such-name.invalid:80: " in caplog.text
+
+
+def test_channels_don_t_wait_for_a_name_for_ever(
+    relay: RawRelay, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(endpoint_module, "CONNECT_S", 0.3)
+    monkeypatch.setattr(endpoint_module, "blocking_resolve", lambda _: release.wait(WAIT_S) and [])
+    with running(relay, "hanging.example:80") as client, relay.tunnel() as raw:
+        for number in range(2):  # the second time, the resolver hangs already
+            raw.new(bytes([number]) * 16)
+            assert raw.receive_flow(frame.CLOSE)[0] == bytes([number]) * 16
+        assert client.endpoint._workers._threads == 1
+        release.set()
+        wait_until(lambda: not client.endpoint._is_resolving)
+        assert client.endpoint._timer is None
+    assert "its name is not resolved within 0 s" in caplog.text
+
+
+def test_a_defect_in_the_client_s_own_code_ends_it(
+    relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no")
+
+    with running(relay, endpoint.address) as client:
+        monkeypatch.setattr(client, "_failed", fail)
+        with relay.tunnel():
+            client.wait_until_up(10)
+        assert "a defect: RuntimeError('no')" in str(ended(client))
 
 
 def test_a_defect_in_one_connect_ends_that_channel_only(

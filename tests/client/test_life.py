@@ -152,7 +152,7 @@ def test_another_ticket_takes_over_once_it_is_proven(tmp_path: Path) -> None:
         (tmp_path / "stranger").mkdir()
         stranger = Credentials(tmp_path / "stranger", server=address)
         client.reconfigure(Settings(stranger.ticket, services.endpoint.address))
-        wait_until(lambda: client.failures.get("refused"))
+        wait_until(lambda: client.history.failures.get("refused"))
         assert client._serving is former
         with services.device("ECHO") as other:
             other.exchange()
@@ -323,12 +323,12 @@ def test_a_successor_that_fails_doesn_t_end_what_serves(
                 assert client.wait_until_up(10)
                 client.reconfigure(Settings(second.credentials.ticket, endpoint.address, **options))
                 second.tunnel(prove=False).sock.close()
-                wait_until(lambda: client.failures.get("refused"))
+                wait_until(lambda: client.history.failures.get("refused"))
                 assert client.state is ClientState.UP
                 assert not client.wait(0)
             with pytest.raises(LinkError):
                 client.wait(30)
-            assert client.failures["lost"] == 1
+            assert client.history.failures["lost"] == 1
 
 
 def test_a_loss_while_a_successor_is_on_its_way_is_counted(
@@ -340,9 +340,9 @@ def test_a_loss_while_a_successor_is_on_its_way_is_counted(
         with relay.tunnel():
             assert client.wait_until_up(10)
             client.reconfigure(Settings(ticket, endpoint.address, server=f"127.0.0.1:{port}"))
-            wait_until(lambda: client.failures.get("unreachable"))
+            wait_until(lambda: client.history.failures.get("unreachable"))
         wait_until(lambda: client.state is ClientState.WAITING)
-        assert client.failures["lost"] == 1
+        assert client.history.failures["lost"] == 1
 
 
 def test_nothing_is_opened_any_more_as_it_stops(
@@ -509,10 +509,10 @@ def test_changes_again_and_again_give_a_dead_link_no_more_time(
 
         def is_over() -> bool:
             on_loop(client, client._network_changed)
-            return bool(client.endings)
+            return bool(client.history.endings)
 
         wait_until(is_over)
-        assert "answered no PING for 1 s" in client.endings[0].reason
+        assert "answered no PING for 1 s" in client.history.endings[0].reason
 
 
 def test_an_address_that_is_gone_ends_the_tunnel_at_once(
@@ -524,7 +524,7 @@ def test_an_address_that_is_gone_ends_the_tunnel_at_once(
         client.loop.call_soon_threadsafe(client._network_changed)
         with relay.tunnel():
             wait_until(lambda: client.proven == 2)
-    assert "address of the tunnel is gone" in client.endings[0].reason
+    assert "address of the tunnel is gone" in client.history.endings[0].reason
 
 
 def test_a_change_hurries_an_attempt_that_waits_or_hangs(
@@ -563,8 +563,8 @@ def test_a_resolver_that_hangs_doesn_t_hold_the_client(
     monkeypatch.setattr(client_module, "DIAL_S", 0.2)
     try:
         with Client(relay.credentials.ticket, endpoint.address) as client:
-            wait_until(lambda: client.endings)
-            assert "can't reach the relay" in client.endings[0].reason
+            wait_until(lambda: client.history.endings)
+            assert "can't reach the relay" in client.history.endings[0].reason
             with relay.tunnel():
                 assert client.wait_until_up(10)
                 go_on.set()
@@ -630,7 +630,7 @@ def test_the_same_failure_is_said_once_and_counted(
             wait_until(lambda: client.attempts > 20)
     assert caplog.text.count("Connection refused; next attempt in") == 1
     assert caplog.text.count("connecting to the relay") <= 2
-    [ending] = client.endings
+    [ending] = client.history.endings
     assert ending.count >= 20
 
 
@@ -643,8 +643,8 @@ def test_failures_that_take_turns_are_folded_too(
             with relay.accept() as sock:
                 sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n<html>log in first</html>")
                 wait_until(lambda: not client._opening)
-        wait_until(lambda: sum(ending.count for ending in client.endings) == 10)
-        assert [ending.count for ending in client.endings] == [5, 5]
+        wait_until(lambda: sum(ending.count for ending in client.history.endings) == 10)
+        assert [ending.count for ending in client.history.endings] == [5, 5]
     assert caplog.text.count("; next attempt in") == 2
 
 
@@ -712,7 +712,7 @@ def test_doubts_about_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_client_without_a_tunnel_says_why(endpoint: Endpoint, credentials: Credentials) -> None:
     with refusing_port() as port:
         with Client(credentials.at(f"127.0.0.1:{port}"), endpoint.address) as client:
-            wait_until(lambda: client.endings)
+            wait_until(lambda: client.history.endings)
             assert "Connection refused" in on_loop(client, client.ready)
             report = on_loop(client, client.report)
             assert report["tunnel"] is None
