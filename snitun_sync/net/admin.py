@@ -8,30 +8,30 @@ that is listened on.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
+import re
 import socket
-import stat
 
 from ..errors import ConfigurationError, ListenError, ViolationError
 from ..protocol.aes import load
 from ..protocol.names import normal_hostname, parse_address
+from .listening import Listener, listen
 from .loop import READ, WRITE, Handler
-from .sockets import host_text, listen, numeric_places, pack_ip
+from .sockets import host_text, numeric_places, pack_ip
 from .tuning import DRAIN_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from ..protocol.names import Address
     from .loop import Loop, Timer
 
     Answer = tuple[int, str, str]
     """Status, content type and body."""
-    Fields = dict[str, list[str]]
-    """Header fields: the name in lower case, and its values in the order they came."""
+    Fields = dict[str, str]
+    """Header fields: the name in lower case, and its values joined by ", " (RFC 9110, 5.2)."""
 
 log = logging.getLogger("snitun_sync")
 
@@ -41,14 +41,11 @@ REQUEST_BYTES = 8 * 1024
 # From accept to the answer's last byte; DRAIN_S may follow.
 REQUEST_S = 10.0
 SHORTEST_TOKEN = 16
-UNIX_MODE = 0o660
-# Out of descriptors or memory: accepting again at once would spin.
-ACCEPT_PAUSE_S = 1.0
 
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _END = b"\r\n\r\n"
-_CONTROLS = bytes(code for code in (*range(32), 127) if code != ord("\t"))
-_NAME = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz")
+# RFC 9112, 3; and RFC 9110, 5: no control character but tabs, and no name begins with a space.
+_FIRST_LINE = re.compile(r"([!-~]+) (/[!-~\x80-\xff]*) HTTP/1\.[01]")
+_FIELD = re.compile(r"([\w!#$%&'*+.^`|~-]+):([\t -~\x80-\xff]*)", re.ASCII)
 _REASONS = {
     200: "OK",
     400: "Bad Request",
@@ -76,12 +73,13 @@ def check(address: Address, token: str) -> None:
             f"of {SHORTEST_TOKEN} or more, all of them printable ASCII"
         )
     if not address.path:
-        hosts = [place[0] for _, place in numeric_places(address)] if address.host else [""]
-        _check_hosts(address, token, hosts)
+        hosts = [place[0] for _, place in numeric_places(address)]
+        _check_hosts(address, token, hosts if address.host else [""])
 
 
-def _check_hosts(address: Address, token: str, hosts: Sequence[str]) -> None:
-    if not token and not all(map(_is_loopback, hosts)):
+def _check_hosts(address: Address, token: str, hosts: list[str]) -> None:
+    is_loopback = all(host == "::1" or host.startswith("127.") for host in hosts)
+    if not token and not is_loopback:
         raise ConfigurationError(
             f"--admin: {address} can be reached from other machines; expected a loopback "
             "address, or --admin-token-file as well"
@@ -112,7 +110,7 @@ class Admin:
         # Digests under this key can be compared by ==: how long it takes tells nothing.
         self._key, self._expected = os.urandom(32), b""
         self._listeners: list[Listener] = []
-        self._own_file: tuple[int, int] | None = None
+        self._own_file: os.stat_result | None = None
 
     def open(self) -> None:
         """Listen; on the caller's thread, before the loop runs.
@@ -121,22 +119,20 @@ class Admin:
         """
         check(self.address, self._token)
         self._expected = self._digest(self._token.strip())
-        path = self.address.path
         try:
-            sockets = [_listen_unix(path)] if path else listen(self.address)
-        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+            sockets = listen(self.address)
+            self._listeners = [Listener(self.loop, sock, self._accepted, 1) for sock in sockets]
+            if self.address.path:
+                self._own_file = os.lstat(self.address.path)
+                return
+            places = [sock.getsockname() for sock in sockets]
+            _check_hosts(self.address, self._token, [place[0] for place in places])
+        except (ConfigurationError, OSError, ValueError) as error:
+            self.close()
+            if isinstance(error, ConfigurationError):
+                raise
             reason = getattr(error, "strerror", None) or error
             raise ListenError(f"--admin: can't listen on {self.address}: {reason}") from None
-        self._listeners = [Listener(self, sock) for sock in sockets]
-        if path:
-            self._own_file = _identity(path)
-            return
-        places = [sock.getsockname() for sock in sockets]
-        try:
-            _check_hosts(self.address, self._token, [place[0] for place in places])
-        except ConfigurationError:
-            self.close()
-            raise
         self.port = places[0][1]
 
     def begin(self) -> None:
@@ -150,12 +146,12 @@ class Admin:
     def close(self) -> None:
         """Free all that is owned, the unix socket's path as well if it is still ours."""
         if self._own_file is not None:
-            # While the socket is open, no other file can have its number.
-            if _identity(self.address.path) == self._own_file:
-                try:
+            try:
+                # While the socket is open, no other file can have its number.
+                if os.path.samestat(os.lstat(self.address.path), self._own_file):
                     os.unlink(self.address.path)
-                except OSError:
-                    pass  # the next one to listen replaces it
+            except OSError:
+                pass  # it is gone, or the next one to listen replaces it
             self._own_file = None
         for listener in self._listeners:
             listener.close()
@@ -163,14 +159,15 @@ class Admin:
         for connection in tuple(self.connections):
             connection.close()
 
-    def has_room(self) -> bool:
-        """Tell whether one more connection can be served; the oldest may have to give way."""
+    def _accepted(self, sock: socket.socket, place: object) -> None:
+        # One in a turn: who has sent its request is served before it would have to give way.
         if len(self.connections) >= CONNECTIONS:
-            for connection in self.connections:
-                if not connection.is_answering:
-                    connection.close()
-                    break
-        return len(self.connections) < CONNECTIONS
+            oldest = next((one for one in self.connections if not one.is_answering), None)
+            if oldest is None:
+                sock.close()
+                return
+            oldest.close()
+        Connection(self, sock)
 
     def answer(self, head: bytes) -> Answer:
         """Return the answer to a request, given without the empty line at its end."""
@@ -187,7 +184,7 @@ class Admin:
             )
         if method != "GET":
             return _refusal(405, "expected GET")
-        if "transfer-encoding" in fields or set(fields.get("content-length", ())) - {"0"}:
+        if "transfer-encoding" in fields or fields.get("content-length", "0") != "0":
             return _refusal(400, "a body; expected none")
         path = target.partition("?")[0]
         page = self._pages.get(path)
@@ -204,63 +201,18 @@ class Admin:
         return load().sha256(self._key + token.encode("latin-1"))
 
     def _has_token(self, fields: Fields) -> bool:
-        values = fields.get("authorization", ())
-        if len(values) != 1:
-            return False
-        scheme, _, token = values[0].partition(" ")
+        scheme, _, token = fields.get("authorization", "").partition(" ")
         return scheme.lower() == "bearer" and self._digest(token.strip()) == self._expected
 
     def _has_known_host(self, fields: Fields) -> bool:
-        values = fields.get("host", ())
-        if len(values) != 1:
-            return False
         try:
-            host = normal_hostname(parse_address(values[0], "Host", default_port=80).host)
+            address = parse_address(fields.get("host", ""), "Host", default_port=80)
+            host = normal_hostname(address.host)
             if host not in ("localhost", normal_hostname(self.address.host)):
                 pack_ip(host)
         except (ConfigurationError, OSError):
             return False
         return True
-
-
-class Listener(Handler):
-    """One socket that listens."""
-
-    __slots__ = ("_admin", "_pause")
-
-    def __init__(self, admin: Admin, sock: socket.socket) -> None:
-        super().__init__(sock)
-        self._admin = admin
-        self._pause: Timer | None = None
-
-    def listen(self) -> None:
-        """Begin to accept, or go on."""
-        self._admin.loop.watch(self, READ)
-
-    def close(self) -> None:
-        """Listen no longer."""
-        if self._pause is not None:
-            self._pause.cancel()
-        self._admin.loop.close_socket(self)
-
-    def on_ready(self, events: int) -> None:
-        # One in a turn: whoever has sent its request is served before it would have to give way.
-        assert self.sock is not None
-        try:
-            sock, _ = self.sock.accept()
-        except OSError as error:
-            if error.errno in _EXHAUSTED:
-                log.error("--admin: can't accept: %s", error)
-                self._admin.loop.watch(self, 0)
-                self._pause = self._admin.loop.call_later(ACCEPT_PAUSE_S, self.listen)
-            return  # else it is gone already
-        if self._admin.has_room():
-            Connection(self._admin, sock)
-        else:
-            sock.close()
-
-    def fail(self, error: Exception) -> None:
-        pass  # the loop has logged it; the other connections are not to blame
 
 
 class Connection(Handler):
@@ -270,7 +222,6 @@ class Connection(Handler):
 
     def __init__(self, admin: Admin, sock: socket.socket) -> None:
         super().__init__(sock)
-        sock.setblocking(False)
         self._admin = admin
         self._received = bytearray()
         self._is_answered = False
@@ -367,66 +318,15 @@ def _refusal(status: int, reason: str) -> Answer:
 
 def _parse(head: bytes) -> tuple[str, str, Fields]:
     """Return method, target and fields of a request (RFC 9112, 3 and 5). Raises ViolationError."""
-    bare = head.replace(b"\r\n", b"")
-    if bare.translate(None, _CONTROLS) != bare:
-        raise ViolationError("a control character; expected none but CR LF at the end of a line")
     first, *lines = head.decode("latin-1").split("\r\n")
-    words = first.split(" ")
-    if len(words) != 3 or words[2] not in ("HTTP/1.0", "HTTP/1.1") or words[1][:1] != "/":
+    request = _FIRST_LINE.fullmatch(first)
+    if request is None:
         raise ViolationError("the first line; expected GET /PATH HTTP/1.1")
     fields: Fields = {}
     for line in lines:
-        name, colon, value = line.partition(":")
-        name = name.lower()
-        # This refuses lines that continue another one, too: they begin with a space.
-        if not name or not colon or not _NAME.issuperset(name):
-            raise ViolationError("a line of the header; expected NAME: VALUE")
-        fields.setdefault(name, []).append(value.strip(" \t"))
-    return words[0], words[1], fields
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "::1" or host.startswith("127.")
-
-
-def _listen_unix(path: str) -> socket.socket:
-    """Return a socket that listens on `path`; one that was left there gives way. Raises OSError."""
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        sock.setblocking(False)
-        try:
-            sock.bind(path)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            _remove_stale(path)
-            sock.bind(path)
-        os.chmod(path, UNIX_MODE)  # before `listen`: until then nobody can connect
-        sock.listen(CONNECTIONS)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _remove_stale(path: str) -> None:
-    """Remove the socket at `path` if nobody listens on it. Raises OSError where that isn't so."""
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise OSError("what is there is no socket; expected a free path")
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
-        code = probe.connect_ex(path)
-    if code in (0, errno.EAGAIN):  # EAGAIN: its queue is full
-        raise OSError("another program listens on it already")
-    if code != errno.ECONNREFUSED:
-        raise OSError(code, os.strerror(code))
-    os.unlink(path)
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    """Return what tells a file from all others; None where there is none."""
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+        field = _FIELD.fullmatch(line)
+        if field is None:
+            raise ViolationError("a line of the header; expected NAME: VALUE, all of it printable")
+        name, value = field[1].lower(), field[2].strip(" \t")
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return request[1], request[2], fields

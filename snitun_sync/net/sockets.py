@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 # linux/tcp.h, struct tcp_info: tcpi_min_rtt (µs) at 148, tcpi_delivery_rate (bytes/s) at 160
 _TCP_INFO = Struct("=148xI8xQ")
-LISTEN_BACKLOG = 1024
 # A peer that vanished without a word is noticed after 60 + 4 · 15 seconds.
 KEEPALIVE_IDLE_S = 60
 KEEPALIVE_INTERVAL_S = 15
@@ -145,44 +144,6 @@ def _resolve(address: Address, flags: int) -> list[Place]:
         address.host.encode(), address.port, type=socket.SOCK_STREAM, flags=flags
     )
     return [(family, place) for family, _, _, _, place in infos]
-
-
-def listen(address: Address, congestion_control: str = "") -> list[socket.socket]:
-    """Return tuned sockets that listen on `address`, one for each family of a name.
-
-    IPv6 sockets take no IPv4: who wants both names both, or "" for all addresses.
-    Where port 0 asks for any free port, all sockets get the same one. Raises OSError.
-    """
-    infos = socket.getaddrinfo(
-        address.host or None,
-        address.port,
-        type=socket.SOCK_STREAM,
-        flags=socket.AI_PASSIVE,
-    )
-    sockets: list[socket.socket] = []
-    port = address.port
-    try:
-        for family, kind, protocol, _, place in sorted(set(infos)):
-            try:
-                sock = socket.socket(family, kind, protocol)
-            except OSError:
-                if len(infos) > 1 and not address.host:
-                    continue  # a kernel without IPv6: all addresses are those of IPv4
-                raise
-            sockets.append(sock)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind((place[0], port, *place[2:]))
-            tune(sock)
-            set_congestion_control(sock, congestion_control)
-            sock.listen(LISTEN_BACKLOG)
-            port = sock.getsockname()[1]
-    except BaseException:
-        for sock in sockets:
-            sock.close()
-        raise
-    return sockets
 
 
 def host_text(host: str, port: int) -> str:

@@ -6,7 +6,6 @@ ClientHello says where it wants to go; `g` begins a token, so this is a client.
 
 from __future__ import annotations
 
-import errno
 import logging
 import socket
 
@@ -25,68 +24,17 @@ from ..protocol.token import TokenReader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from ..net.loop import Loop, Timer
     from .server import Server
 
 log = logging.getLogger("snitun_sync")
 
 TOKEN_START = ord("g")
-ACCEPTS_AT_ONCE = 64
-# Out of descriptors or memory: accepting again at once would spin.
-ACCEPT_PAUSE_S = 1.0
 # A text as long as a token that no key verifies: how long more of it may take. Whoever
 # waits for its refusal has a limit of 10 s, like ours.
 PLAUSIBLE_S = 5.0
-
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-
-
-class Listener(Handler):
-    """One socket that listens."""
-
-    __slots__ = ("_loop", "_server", "takes_clients", "takes_devices")
-
-    def __init__(
-        self, server: Server, sock: socket.socket, *, takes_devices: bool, takes_clients: bool
-    ) -> None:
-        super().__init__(sock)
-        self._server, self._loop = server, server.loop
-        self.takes_devices, self.takes_clients = takes_devices, takes_clients
-
-    def listen(self) -> None:
-        """Begin to accept, or go on."""
-        if self.sock is not None:
-            self._loop.watch(self, READ)
-
-    def accept_all(self) -> None:
-        """Accept whatever waits to be."""
-        while self.sock is not None and self._accept():
-            pass
-
-    def on_ready(self, events: int) -> None:
-        self._accept()
-
-    def _accept(self) -> bool:
-        """Accept some connections; return whether there may be more."""
-        assert self.sock is not None
-        for _ in range(ACCEPTS_AT_ONCE):
-            try:
-                sock, place = self.sock.accept()
-            except BlockingIOError:
-                return False
-            except OSError as error:
-                if error.errno in _EXHAUSTED:
-                    log.error("can't accept: %s; next try in %.0f s", error, ACCEPT_PAUSE_S)
-                    self._loop.watch(self, 0)
-                    self._loop.call_later(ACCEPT_PAUSE_S, self.listen)
-                    return False
-                continue  # that one is gone already
-            sock.setblocking(False)
-            Arrival(self._server, self, sock, place[0], place[1])
-        return True
-
-    def fail(self, error: Exception) -> None:
-        pass  # the loop has logged it; the other connections are not to blame
 
 
 class Arrival(Handler):
@@ -97,8 +45,8 @@ class Arrival(Handler):
         "_early_bytes",
         "_hello",
         "_is_refused",
-        "_listener",
         "_server",
+        "_starts",
         "_timer",
         "_token",
         "host",
@@ -106,13 +54,14 @@ class Arrival(Handler):
     )
 
     def __init__(
-        self, server: Server, listener: Listener, sock: socket.socket, host: str, port: int
+        self, server: Server, starts: bytes, sock: socket.socket, place: tuple[Any, ...]
     ) -> None:
+        """`starts` has the first bytes of those who may come: HANDSHAKE_RECORD, TOKEN_START."""
         super().__init__(sock)
+        host, self.port = place[:2]
         # A socket of both families shows IPv4 as a mapped address.
         self.host = host[7:] if host.startswith("::ffff:") and "." in host else host
-        self.port = port
-        self._server, self._listener = server, listener
+        self._server, self._starts = server, starts
         self._hello: HelloReader | None = None
         self._token: TokenReader | None = None
         self._is_refused = False
@@ -178,14 +127,14 @@ class Arrival(Handler):
 
     def _received(self, data: memoryview) -> None:
         if self._hello is None and self._token is None:
-            if data[0] == HANDSHAKE_RECORD and self._listener.takes_devices:
-                self._hello = HelloReader()
-            elif data[0] == TOKEN_START and self._listener.takes_clients:
-                self._token = TokenReader(self._server.fernet)
-            else:
+            if data[0] not in self._starts:
                 log.debug("%s: neither TLS nor a token: first byte 0x%02x", self, data[0])
                 self.close()
                 return
+            if data[0] == HANDSHAKE_RECORD:
+                self._hello = HelloReader()
+            else:
+                self._token = TokenReader(self._server.fernet)
         self._early_bytes += len(data)
         self._server.bridges.early_bytes += len(data)
         if self._early_bytes > EARLY_SMALL_BYTES and self._server.bridges.early_bytes > EARLY_BYTES:

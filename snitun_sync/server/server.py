@@ -11,18 +11,20 @@ import logging
 import os
 import threading
 import time
+from functools import partial
 
 from ..errors import ConfigurationError, ListenError, LostError, TokenError
 from ..net.bridge import Bridge
+from ..net.listening import Listener, listen
 from ..net.service import Service, budget, channel_idle
-from ..net.sockets import host_text, listen, pack_ip
+from ..net.sockets import host_text, pack_ip
 from ..net.tuning import CHANNEL_IDLE_S, RELAY_BUDGET_BYTES
 from ..protocol.cipher import unit_cipher
 from ..protocol.frame import STOPPING
-from ..protocol.hello import ALERT_INTERNAL_ERROR, ALERT_UNRECOGNIZED_NAME
+from ..protocol.hello import ALERT_INTERNAL_ERROR, ALERT_UNRECOGNIZED_NAME, HANDSHAKE_RECORD
 from ..protocol.names import parse_address
 from ..protocol.token import Fernet, Payload, check_fernet_keys
-from .arrival import Arrival, Listener
+from .arrival import TOKEN_START, Arrival
 from .registration import Registration
 
 TYPE_CHECKING = False
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("snitun_sync")
 
+# Connections accepted before the loop looks at other sockets.
+ACCEPTS_AT_ONCE = 64
 # How soon the service manager hears of clients that have come or gone.
 TELL_S = 1.0
 # What belongs to expired tokens is looked for when there is twice as much as at the last time.
@@ -112,10 +116,10 @@ class Server(Service):
                     f"can't listen on {address}: {error.strerror or error}{hint}"
                 ) from None
             self.ports.append(sockets[0].getsockname()[1])
+            starts = bytes([HANDSHAKE_RECORD] * takes_devices + [TOKEN_START] * takes_clients)
+            accepted = partial(Arrival, self, starts)
             for sock in sockets:
-                self._listeners.append(
-                    Listener(self, sock, takes_devices=takes_devices, takes_clients=takes_clients)
-                )
+                self._listeners.append(Listener(self.loop, sock, accepted, ACCEPTS_AT_ONCE))
 
     def reconfigure(self, fernet_keys: Sequence[str], *, channel_idle_s: float) -> None:
         """Take tokens of these keys from now on; tunnels stay. From any thread.
@@ -190,8 +194,7 @@ class Server(Service):
 
     def _begin_drain(self) -> bool:
         for listener in self._listeners:
-            listener.accept_all()  # who waits in the queue came before the end
-            self.loop.close_socket(listener)
+            listener.finish()  # who waits in the queue came before the end
         return True
 
     def _is_drained(self) -> bool:
@@ -208,7 +211,7 @@ class Server(Service):
 
     def _close_listeners(self) -> None:
         for listener in self._listeners:
-            self.loop.close_socket(listener)
+            listener.close()
         for arrival in tuple(self.arrivals):
             arrival.close()
 

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from snitun_sync.errors import ConfigurationError, ListenError
 from snitun_sync.net import admin as admin_module
+from snitun_sync.net import listening
 from snitun_sync.net.admin import CONNECTIONS, REQUEST_BYTES, Admin
 from snitun_sync.net.loop import Loop
 from snitun_sync.protocol.names import Address, parse_address
@@ -601,9 +602,10 @@ def test_closed_with_connections_in_every_state() -> None:
 def test_without_descriptors_it_waits_for_some(
     running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(listening, "LOG_EACH_S", 0.0)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for pause_s in (0.05, WAIT_S):  # closed after the pause, and in it
-        monkeypatch.setattr(admin_module, "ACCEPT_PAUSE_S", pause_s)
+        monkeypatch.setattr(listening, "PAUSE_S", pause_s)
         caplog.clear()
         with socket.socket() as sock:
             sock.settimeout(WAIT_S)
@@ -649,4 +651,5 @@ def test_it_brings_nothing_heavy_into_memory() -> None:
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) == {"snitun_sync.net.admin", "snitun_sync.net.openmetrics"}
+    brought = {f"snitun_sync.net.{name}" for name in ("admin", "listening", "openmetrics")}
+    assert set(done.stdout.split()) == brought

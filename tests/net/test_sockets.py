@@ -9,10 +9,10 @@ import pytest
 
 from snitun_sync.net import dialing as dialing_module
 from snitun_sync.net.dialing import blocking_dial
+from snitun_sync.net.listening import listen
 from snitun_sync.net.sockets import (
     host_text,
     limit_unsent,
-    listen,
     pack_ip,
     path_rate,
     unpack_ip,

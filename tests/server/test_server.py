@@ -17,6 +17,7 @@ import pytest
 
 from snitun_sync.client import Client
 from snitun_sync.errors import ConfigurationError, ListenError, UsageError
+from snitun_sync.net import listening
 from snitun_sync.net import tunnel as tunnel_module
 from snitun_sync.net.tuning import OUTPUT_LIMIT_BYTES
 from snitun_sync.protocol import frame
@@ -559,9 +560,12 @@ def test_resets_at_every_step_of_an_arrival_leave_nothing(
 
 
 def test_out_of_descriptors_the_relay_waits_and_goes_on(
-    server: Server, credentials: Credentials, monkeypatch: pytest.MonkeyPatch
+    server: Server,
+    credentials: Credentials,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(arrival, "ACCEPT_PAUSE_S", 0.05)
+    monkeypatch.setattr(listening, "PAUSE_S", 0.05)
     [listener] = server._listeners
     real = listener.sock
     assert real is not None
@@ -586,6 +590,7 @@ def test_out_of_descriptors_the_relay_waits_and_goes_on(
     with raw_client(credentials, server.ports[0]):
         wait_until(lambda: names_of(server))
     assert not failures
+    assert caplog.text.count("can't accept") == 1  # and not once for each of them
 
 
 def test_a_busy_port(server: Server, credentials: Credentials) -> None:
