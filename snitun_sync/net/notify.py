@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import time
+from functools import partial
 
 from ..protocol.names import shown
 
@@ -19,12 +20,9 @@ if TYPE_CHECKING:
 
     from .loop import Loop, Timer
 
-# A message that isn't taken, and may not be lost, is sent again after this time, and after
-# twice as long each time; the last time is later than the manager waits for a start (90 s).
-FIRST_RETRY_S = 0.1
-LAST_RETRY_S = 60.0
-# States that wait for that; more is a manager that is gone.
-PENDING_LIMIT = 8
+# A state that isn't taken is sent again, for longer than the manager waits for a start (90 s).
+RETRY_S = 0.5
+RETRIES = 200
 # The manager ignores datagrams of more than 4096 bytes.
 STATUS_CHARACTERS = 512
 # sockaddr_un(7), without the zero byte at the end
@@ -37,7 +35,8 @@ log = logging.getLogger("snitun_sync")
 class Notifier:
     """Tells the service manager how this process is; whoever has it closes it.
 
-    A status that isn't taken goes with the next message of any kind.
+    A status that isn't taken goes with the next message of any kind; a state (ready, reloading,
+    stopping) comes later, unless the next one overtakes it.
     """
 
     def __init__(self, loop: Loop, address: bytes, watchdog_s: float = 0.0) -> None:
@@ -48,12 +47,10 @@ class Notifier:
         self._loop, self._address, self._watchdog_s = loop, address, watchdog_s
         self._sock: socket.socket | None = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._sock.setblocking(False)
-        self._pending: list[str] = []  # states that weren't taken yet, in order
         self._status = ""
         self._told: str | None = ""  # the status that was taken last
-        self._retry_s = FIRST_RETRY_S
-        self._retry_timer: Timer | None = None
-        self._watchdog_timer: Timer | None = None
+        self._retry: Timer | None = None
+        self._next_watchdog: Timer | None = None
 
     @classmethod
     def from_environment(cls, loop: Loop, environment: MutableMapping[str, str]) -> Notifier | None:
@@ -83,15 +80,13 @@ class Notifier:
     def begin(self) -> None:
         """Start the watchdog's timer: the manager hears from it for as long as the loop turns."""
         if self._watchdog_s and self._sock is not None:
-            self._watchdog_timer = self._loop.call_later(self._watchdog_s, self._watchdog)
+            self._next_watchdog = self._loop.call_later(self._watchdog_s, self._watchdog)
 
     def close(self) -> None:
         """Say nothing any more; harmless when it is closed already."""
-        for timer in (self._watchdog_timer, self._retry_timer):
+        for timer in (self._next_watchdog, self._retry):
             if timer is not None:
                 timer.cancel()
-        self._watchdog_timer = self._retry_timer = None
-        self._pending.clear()
         if self._sock is not None:
             self._sock.close()
             self._sock = None
@@ -113,41 +108,25 @@ class Notifier:
 
     def stopping(self) -> None:
         """Say that the process ends."""
-        self._pending.clear()
         self._announce("STOPPING=1")
 
     def _watchdog(self) -> None:
         # One that isn't taken is soon followed by another: the manager waits for two at most.
         delay_s = self._watchdog_s if self._tell("WATCHDOG=1") else self._watchdog_s / 4
-        self._watchdog_timer = self._loop.call_later(delay_s, self._watchdog)
+        self._next_watchdog = self._loop.call_later(delay_s, self._watchdog)
 
-    def _announce(self, state: str) -> None:
-        """Send `state` behind those that wait, now or later."""
-        if self._sock is not None:
-            self._pending.append(state)
-            del self._pending[:-PENDING_LIMIT]
-            self._send_pending()
-
-    def _send_pending(self) -> None:
-        if self._retry_timer is not None:
-            self._retry_timer.cancel()
-            self._retry_timer = None
-        while self._pending and self._tell(self._pending[0]):
-            del self._pending[0]
-            self._retry_s = FIRST_RETRY_S
-        if self._pending:
-            self._retry_timer = self._loop.call_later(self._retry_s, self._retry)
-
-    def _retry(self) -> None:
-        self._retry_timer = None
-        self._retry_s *= 2
-        if self._retry_s <= LAST_RETRY_S:
-            self._send_pending()
+    def _announce(self, state: str, retries: int = RETRIES) -> None:
+        """Send `state`, again and again until it is taken, or until there is another."""
+        if self._retry is not None:
+            self._retry.cancel()
+        if self._sock is None or self._tell(state):
             return
-        state = self._pending[0].partition("\n")[0]
-        log.warning("NOTIFY_SOCKET: nobody takes what is sent there: %s", state)
-        self._pending.clear()
-        self._retry_s = FIRST_RETRY_S
+        if retries:
+            again = partial(self._announce, state, retries - 1)
+            self._retry = self._loop.call_later(RETRY_S, again)
+        else:
+            name = state.partition("\n")[0]
+            log.warning("NOTIFY_SOCKET: nobody takes what is sent there: %s", name)
 
     def _tell(self, state: str) -> bool:
         """Send `state`, if not empty, and the status, if new; return whether it was taken."""
