@@ -14,12 +14,13 @@ from .loop import READ, Handler
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from .loop import Loop, Timer
 
-    Key = tuple[int, int, bytes]
-    """An interface's index, an address family and an address in it; or 0, and b"up" or b"down"."""
+    Seen = dict[tuple[int, int, bytes], bool]
+    """Whether it is there or up: an interface's index, an address family and the address in it;
+    or 0 and b"" for the interface itself."""
 
 # A change comes as many messages, in as many datagrams: how long they are collected.
 SETTLE_S = 0.1
@@ -32,7 +33,7 @@ SEEN_LIMIT = 1024
 _GROUPS = 0x1 | 0x10 | 0x40 | 0x100 | 0x400
 _NEWLINK = 16
 _NEWADDR, _DELADDR, _GETADDR = 20, 21, 22
-_NEWROUTE, _DELROUTE = 24, 25
+_ROUTES = (24, 25)  # RTM_NEWROUTE, RTM_DELROUTE
 
 # linux/netlink.h, struct nlmsghdr, all in the machine's byte order; the size counts the header:
 #
@@ -70,8 +71,6 @@ _LOCAL_TABLE = 255
 _LOCAL_TYPES = (2, 3, 4, 5)  # local, broadcast, anycast, multicast: they follow the addresses
 _CLONED = 0x200  # RTM_F_CLONED: an entry of a cache
 
-_MAPPED = "::ffff:"
-
 
 class NetworkWatch(Handler):
     """Tells when an address, a route or a link of this machine has come, gone or changed.
@@ -92,7 +91,7 @@ class NetworkWatch(Handler):
             raise OSError(errno.EAFNOSUPPORT, "this system has no netlink")
         super().__init__(socket.socket(family, socket.SOCK_RAW, socket.NETLINK_ROUTE))
         self._loop, self._changed = loop, changed
-        self._seen: set[Key] = set()
+        self._seen: Seen = {}
         self._has_lost = False
         self._timer: Timer | None = None
         assert self.sock is not None
@@ -110,7 +109,6 @@ class NetworkWatch(Handler):
         """Call nothing any more; harmless when it is closed already."""
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
         self._loop.close_socket(self)
 
     def on_ready(self, events: int) -> None:
@@ -136,78 +134,59 @@ class NetworkWatch(Handler):
         self.close()
 
 
-def is_change(data: bytes, seen: set[Key]) -> bool:
+def is_change(data: bytes, seen: Seen) -> bool:
     """Tell whether one of the messages in the datagram `data` is about a change that matters.
 
-    An address counts when it isn't among those `seen`, which this keeps, at most SEEN_LIMIT
-    of them: IPv6 routers have its lifetime set anew again and again, and each time the
+    An address counts when that isn't what was `seen` last, which this keeps, SEEN_LIMIT of
+    them at most: IPv6 routers have its lifetime set anew again and again, and each time the
     kernel reports it as if it had come. So does a link, when it goes up or down: of IPv4,
     nothing else tells that a cable was pulled. What is malformed is ignored.
     """
     found = False
-    at, end = 0, len(data)
-    while end - at >= _HEADER.size:
-        size, kind, flags = _HEADER.unpack_from(data, at)
-        if not _HEADER.size <= size <= end - at:
-            break
-        body = data[at + _HEADER.size : at + size]
-        if kind in (_NEWADDR, _DELADDR):
+    for (kind, flags), body in _pieces(data, _HEADER, 0):
+        key, is_there = None, kind == _NEWADDR
+        if kind in (_NEWADDR, _DELADDR) and len(body) >= _ADDRESS.size:
             key = _usable_address(body)
-            if key is not None and (kind == _DELADDR or key not in seen):
-                # What was there at the start is listed in answer to our request.
-                found = found or not flags & _MULTI
-                if kind == _DELADDR:
-                    seen.discard(key)
-                else:
-                    _remember(key, seen)
         elif kind == _NEWLINK and len(body) >= _LINK.size:
             index, link_flags = _LINK.unpack_from(body)
-            is_up = link_flags & _LINK_UP == _LINK_UP
-            key = (index, 0, b"up" if is_up else b"down")
-            found = found or key not in seen
-            seen.discard((index, 0, b"down" if is_up else b"up"))
-            _remember(key, seen)
-        elif kind in (_NEWROUTE, _DELROUTE):
+            key, is_there = (index, 0, b""), link_flags & _LINK_UP == _LINK_UP
+        elif kind in _ROUTES and len(body) >= _ROUTE.size:
             found = found or _is_route_to_others(body)
-        at += _filled_up(size)
+        if key is not None and seen.get(key) != is_there:
+            # What was there at the start is listed in answer to our request.
+            found = found or not flags & _MULTI
+            if len(seen) >= SEEN_LIMIT:
+                seen.clear()
+            seen[key] = is_there
     return found
 
 
-def _remember(key: Key, seen: set[Key]) -> None:
-    if len(seen) >= SEEN_LIMIT:
-        seen.clear()
-    seen.add(key)
+def _pieces(data: bytes, header: Struct, at: int) -> Iterator[tuple[tuple[int, ...], bytes]]:
+    """Return what the header says behind its size, and the body, of each piece from `at` on."""
+    while len(data) - at >= header.size:
+        size, *fields = header.unpack_from(data, at)
+        if not header.size <= size <= len(data) - at:
+            break
+        yield tuple(fields), data[at + header.size : at + size]
+        at += (size + 3) & ~3
 
 
-def _usable_address(body: bytes) -> Key | None:
+def _usable_address(body: bytes) -> tuple[int, int, bytes] | None:
     """Return what identifies the address; None if it isn't usable yet, or malformed."""
-    if len(body) < _ADDRESS.size:
-        return None
     family, flags, index = _ADDRESS.unpack_from(body)
     address = b""
-    at, end = _ADDRESS.size, len(body)
-    while end - at >= _ATTRIBUTE.size:
-        size, kind = _ATTRIBUTE.unpack_from(body, at)
-        if not _ATTRIBUTE.size <= size <= end - at:
-            break
+    for (kind,), value in _pieces(body, _ATTRIBUTE, _ADDRESS.size):
         # Where there are both, IFA_ADDRESS is the other end's.
         if kind == _IFA_LOCAL or (kind == _IFA_ADDRESS and not address):
-            address = body[at + _ATTRIBUTE.size : at + size]
-        at += _filled_up(size)
+            address = value
     if flags & _TENTATIVE or len(address) not in (4, 16):
         return None
     return index, family, address
 
 
 def _is_route_to_others(body: bytes) -> bool:
-    if len(body) < _ROUTE.size:
-        return False
     table, kind, flags = _ROUTE.unpack_from(body)
     return table != _LOCAL_TABLE and kind not in _LOCAL_TYPES and not flags & _CLONED
-
-
-def _filled_up(size: int) -> int:
-    return (size + 3) & ~3
 
 
 def local_address_is_gone(sock: socket.socket) -> bool:
@@ -219,10 +198,8 @@ def local_address_is_gone(sock: socket.socket) -> bool:
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return False
     try:
-        family, (host, _, *rest) = sock.family, sock.getsockname()
-        if host.startswith(_MAPPED) and "." in host:  # IPv4 on a socket of IPv6
-            family, host, rest = socket.AF_INET, host[len(_MAPPED) :], []
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        host, _, *rest = sock.getsockname()
+        with socket.socket(sock.family, socket.SOCK_DGRAM) as probe:
             probe.bind((host, 0, *rest))
     except OSError as error:
         # ENODEV: the interface in an address's scope has gone, and its addresses with it.

@@ -309,16 +309,16 @@ RECORDED = [
 
 @pytest.mark.skipif(sys.byteorder != "little", reason="recorded on a little-endian machine")
 def test_recorded_bytes() -> None:
-    seen: set[netlink.Key] = set()
+    seen: netlink.Seen = {}
     new, local, ordinary = map(bytes.fromhex, RECORDED)
     assert is_change(new, seen)
-    assert seen == {(1, INET, ONE)}
+    assert seen == {(1, INET, ONE): True}
     assert not is_change(new + local, seen)
     assert is_change(new + local + ordinary, seen)
 
 
 def test_an_address_is_new_once_until_it_goes() -> None:
-    seen: set[netlink.Key] = set()
+    seen: netlink.Seen = {}
     new, gone = message(NEWADDR, address(ONE)), message(DELADDR, address(ONE))
     assert is_change(new, seen)
     assert not is_change(new, seen)
@@ -330,20 +330,20 @@ def test_an_address_is_new_once_until_it_goes() -> None:
 
 def test_an_address_of_the_other_end_isn_t_ours() -> None:
     for more, kind in (((IFA_LOCAL, ONE), IFA_ADDRESS), ((IFA_ADDRESS, TWO), IFA_LOCAL)):
-        seen: set[netlink.Key] = set()
+        seen: netlink.Seen = {}
         value = TWO if kind == IFA_ADDRESS else ONE
         assert is_change(message(NEWADDR, address(value, more, kind=kind)), seen)
-        assert seen == {(3, INET, ONE)}
+        assert seen == {(3, INET, ONE): True}
 
 
 def test_an_address_counts_once_it_can_be_used() -> None:
-    seen: set[netlink.Key] = set()
+    seen: netlink.Seen = {}
     assert not is_change(message(NEWADDR, address(bytes(16), flags=0x80 | TENTATIVE)), seen)
     assert is_change(message(NEWADDR, address(bytes(16))), seen)
 
 
 def test_what_answers_the_request_is_remembered_but_no_change() -> None:
-    seen: set[netlink.Key] = set()
+    seen: netlink.Seen = {}
     listed = [message(NEWADDR, address(value), MULTI) for value in (ONE, TWO)]
     assert not is_change(b"".join(listed), seen)
     assert len(seen) == 2
@@ -351,7 +351,7 @@ def test_what_answers_the_request_is_remembered_but_no_change() -> None:
 
 
 def test_what_is_remembered_is_bounded() -> None:
-    seen: set[netlink.Key] = set()
+    seen: netlink.Seen = {}
     for number in range(2 * SEEN_LIMIT + 10):
         assert is_change(message(NEWADDR, address(struct.pack(">I", number))), seen)
         assert len(seen) <= SEEN_LIMIT
@@ -359,16 +359,16 @@ def test_what_is_remembered_is_bounded() -> None:
 
 @pytest.mark.parametrize("kind", [NEWROUTE, DELROUTE])
 def test_which_routes_matter(kind: int) -> None:
-    assert is_change(message(kind, route()), set())
-    assert is_change(message(kind, route(BLACKHOLE)), set())
-    assert not is_change(message(kind, route(table=LOCAL_TABLE)), set())
-    assert not is_change(message(kind, route(flags=CLONED)), set())
+    assert is_change(message(kind, route()), {})
+    assert is_change(message(kind, route(BLACKHOLE)), {})
+    assert not is_change(message(kind, route(table=LOCAL_TABLE)), {})
+    assert not is_change(message(kind, route(flags=CLONED)), {})
     for local in (LOCAL, BROADCAST, ANYCAST, MULTICAST):
-        assert not is_change(message(kind, route(local)), set())
+        assert not is_change(message(kind, route(local)), {})
 
 
 def test_a_link_counts_when_it_goes_up_or_down() -> None:
-    seen: set[netlink.Key] = set()
+    seen: netlink.Seen = {}
 
     def link(flags: int) -> bytes:
         return message(16, struct.pack("=4xiII", 3, flags, 0))
@@ -380,29 +380,29 @@ def test_a_link_counts_when_it_goes_up_or_down() -> None:
 
 def test_other_messages_are_passed_over() -> None:
     other = message(16, b"a link's") + message(3, bytes(4)) + message(2, bytes(17))
-    assert not is_change(other, set())
-    assert is_change(other + message(DELROUTE, route()), set())
+    assert not is_change(other, {})
+    assert is_change(other + message(DELROUTE, route()), {})
 
 
 def test_what_is_cut_short_is_ignored() -> None:
     for whole in (message(NEWADDR, address(ONE)), message(NEWROUTE, route())):
         for size in range(len(whole)):
-            assert not is_change(whole[:size], set())
-        assert is_change(whole + b"\1", set())
+            assert not is_change(whole[:size], {})
+        assert is_change(whole + b"\1", {})
     for body in (address(ONE)[:-1], address(b""), address(bytes(5)), route()[:-1], b""):
         for kind in (NEWADDR, DELADDR, NEWROUTE) if len(body) < 12 else (NEWADDR, DELADDR):
-            assert not is_change(message(kind, body), set())
+            assert not is_change(message(kind, body), {})
 
 
 def test_sizes_that_don_t_fit_end_the_reading() -> None:
     behind = message(NEWROUTE, route())
     for size in (*range(16), 17 + len(behind), 2**32 - 1):
         header = struct.pack("=I", size) + message(NEWADDR, b"")[4:]
-        assert not is_change(header + behind, set())
+        assert not is_change(header + behind, {})
     for size in (0, 1, 2, 3, 13, 65535):
         attribute = struct.pack("=HH", size, 77)
         body = struct.pack("=BBBBI", INET, 64, 0, 0, 3) + attribute + struct.pack("=HH", 8, 1) + ONE
-        assert not is_change(message(NEWADDR, body), set())
+        assert not is_change(message(NEWADDR, body), {})
 
 
 def patched(data: bytes, at: int, value: int) -> bytes:
@@ -425,9 +425,9 @@ patches = st.builds(patched, messages, st.integers(0, 200), st.integers(0, 255))
 
 @given(st.binary() | st.lists(messages | patches | st.binary(max_size=20)).map(b"".join))
 def test_any_bytes_give_a_bool_and_raise_nothing(data: bytes) -> None:
-    seen: set[netlink.Key] = set()
+    seen: netlink.Seen = {}
     assert is_change(data, seen) in (True, False)
-    assert all(len(value) in (4, 16) for _, _, value in seen)
+    assert all(len(value) in ((4, 16) if family else (0, 4, 16)) for _, family, value in seen)
 
 
 # --- addresses that are gone ----------------------------------------------------------
@@ -464,8 +464,6 @@ def test_an_address_of_ipv6_that_is_gone(namespace: None) -> None:
 
 
 def test_an_address_of_ipv4_on_a_socket_of_ipv6_that_is_gone(namespace: None) -> None:
-    with open("/proc/sys/net/ipv6/bindv6only", "w", encoding="ascii") as file:
-        file.write("1")  # of this network alone
     ip("addr add 192.0.2.1/32 dev lo")
     with socket.create_server(("192.0.2.1", 0)) as server, socket.socket(socket.AF_INET6) as sock:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
