@@ -100,12 +100,12 @@ def _start(family: int, place: object) -> socket.socket:
     try:
         tune(sock)
         code = sock.connect_ex(place)  # type: ignore[arg-type]
-        if code not in (0, errno.EINPROGRESS):
-            raise OSError(code, os.strerror(code))
+        if code in (0, errno.EINPROGRESS):
+            return sock
+        raise OSError(code, os.strerror(code))
     except BaseException:
         sock.close()
         raise
-    return sock
 
 
 def _interleaved(places: list[Place]) -> list[Place]:

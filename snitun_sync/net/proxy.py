@@ -12,7 +12,7 @@ import re
 import socket
 import time
 
-from ..errors import ConfigurationError, UsageError
+from ..errors import UsageError
 from ..protocol.names import Address, parse_address, shown
 from .sockets import host_text, pack_ip, unpack_ip
 
@@ -110,18 +110,17 @@ class Proxy:
         _blocking_ask(sock, b"", size + 2, deadline)
 
 
-def parse_proxy(text: str, option: str = "--proxy", password: str | None = None) -> Proxy:
+def parse_proxy(text: str, password: str | None = None) -> Proxy:
     """Read `http://[USER[:PASSWORD]@]HOST[:PORT]` or `socks5://…` (`socks5h://` is the same).
 
     In USER and PASSWORD, %XX stands for any byte. The port is 1080 if missing, as in curl.
-    `password`, without the end of its line, overrides the text's. Raises UsageError for an
-    `option` (`--…`), else ConfigurationError; their text shows no user and no password.
+    `password`, without the end of its line, overrides the text's. Raises UsageError, whose
+    text shows no user and no password.
     """
 
-    def wrong(reason: str) -> ConfigurationError:
-        kind = UsageError if option.startswith("--") else ConfigurationError
+    def wrong(reason: str) -> UsageError:
         expected = "http://[USER[:PASSWORD]@]HOST[:PORT] or socks5://…"
-        return kind(f"{option}: {reason}; expected {expected}")
+        return UsageError(f"--proxy: {reason}; expected {expected}")
 
     scheme, separator, rest = text.partition("://")
     scheme = scheme.lower()
@@ -130,8 +129,8 @@ def parse_proxy(text: str, option: str = "--proxy", password: str | None = None)
         raise wrong(f"the scheme {shown(scheme)}" if is_scheme else "no scheme")
     login, _, place = rest.rpartition("@")
     try:
-        address = parse_address(place.removesuffix("/"), option, default_port=DEFAULT_PORT)
-    except ConfigurationError:  # its text would show a login that lacks its @
+        address = parse_address(place.removesuffix("/"), "--proxy", default_port=DEFAULT_PORT)
+    except UsageError:  # its text would show a login that lacks its @
         raise wrong(f"no HOST or HOST:PORT behind {scheme}://") from None
     user, _, secret = map(_unquoted, login.partition(":"))
     if password is not None:
