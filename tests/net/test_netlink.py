@@ -389,6 +389,8 @@ def test_what_is_cut_short_is_ignored() -> None:
         for size in range(len(whole)):
             assert not is_change(whole[:size], {})
         assert is_change(whole + b"\1", {})
+    long = message(NEWADDR, address(ONE, (IFA_CACHEINFO, bytes(16))))
+    assert not is_change(message(3, bytes(4)) + long[:-1], {})
     for body in (address(ONE)[:-1], address(b""), address(bytes(5)), route()[:-1], b""):
         for kind in (NEWADDR, DELADDR, NEWROUTE) if len(body) < 12 else (NEWADDR, DELADDR):
             assert not is_change(message(kind, body), {})
