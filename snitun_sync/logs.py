@@ -32,7 +32,7 @@ KEPT_BYTES = 256 * 1024
 RETRY_S = 0.5
 # How long a program that ends waits for its last lines to go.
 LAST_S = 0.5
-_PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))  # syslog(3)
+_PRIORITIES = {"CRITICAL": 2, "ERROR": 3, "WARNING": 4, "INFO": 6}  # syslog(3); any other is 7
 # Tokens, tickets as a line or as JSON, Fernet keys and keys in hex, logins of URLs, wherever
 # they stand by mistake; not what is part of a path.
 _SECRET = re.compile(
@@ -54,12 +54,12 @@ def set_up_logging(level: str, log_format: str = "text") -> None:
     global _handler  # noqa: PLW0603
     # Where Python found it closed, some socket may have its number by now.
     _handler = StderrHandler(-1 if sys.stderr is None else sys.stderr.fileno())
+    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     if log_format == "json":
-        _handler.setFormatter(_JsonFormatter())
+        formatter = _JsonFormatter()
     elif _is_journald():
-        _handler.setFormatter(_JournalFormatter())
-    else:
-        _handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        formatter = _JournalFormatter()
+    _handler.setFormatter(formatter)
     _handler.addFilter(LogFilter())
     root = logging.getLogger()
     root.addHandler(_handler)
@@ -107,6 +107,7 @@ class StderrHandler(logging.Handler):
     def __init__(self, fd: int) -> None:
         """Write to the descriptor `fd`, which stays the caller's; nothing where it is below 0."""
         super().__init__()
+        self._held = self.lock or threading.RLock()  # by `logging`, too, while it calls `emit`
         self._fd = fd
         self._poll = select.poll()
         if fd >= 0:
@@ -125,23 +126,17 @@ class StderrHandler(logging.Handler):
         For the loop's thread, on which all timers and all calls of `call_later` are. What
         other threads log waits for the next line where it isn't taken at once.
         """
-        self.acquire()
-        try:
+        with self._held:
             self._call_later, self._ident = call_later, threading.get_ident()
             self._write_later()
-        finally:
-            self.release()
 
     def detach(self) -> None:
         """The loop has ended, or is about to: no timers any more."""
-        self.acquire()
-        try:
+        with self._held:
             self._call_later = None
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
-        finally:
-            self.release()
 
     # --- lines ---------------------------------------------------------------------
 
@@ -152,26 +147,19 @@ class StderrHandler(logging.Handler):
     def say_last(self, text: str) -> None:
         """Write the line that a program ends with: a bare one, where others have time stamps."""
         if type(self.formatter) is not logging.Formatter:
-            fields = {"levelno": logging.ERROR, "levelname": "ERROR", "msg": text}
-            text = self.format(logging.makeLogRecord(fields))
-        self.acquire()
-        try:
+            text = self._formatted("ERROR", text)
+        with self._held:
             self._add(text)
-        finally:
-            self.release()
         self.flush()
 
     def flush(self) -> None:
         """Wait, LAST_S at most, until what is kept has gone; the rest is lost. For the end."""
         deadline = time.monotonic() + LAST_S
-        self.acquire()
-        try:
+        with self._held:
             while self._kept and (left_s := deadline - time.monotonic()) > 0:
                 if self._poll.poll(left_s * 1000):
                     self._write()
             self._kept.clear()
-        finally:
-            self.release()
 
     # --- inside, under the lock --------------------------------------------------------
 
@@ -207,33 +195,29 @@ class StderrHandler(logging.Handler):
     def _note(self) -> bytes:
         text = f"left out {self._left_out} lines: standard error took nothing for a while"
         self._left_out = 0
-        fields = {"levelno": logging.WARNING, "levelname": "WARNING", "msg": text}
-        return self.format(logging.makeLogRecord(fields)).encode() + b"\n"
+        return self._formatted("WARNING", text).encode() + b"\n"
+
+    def _formatted(self, level: str, text: str) -> str:
+        return self.format(logging.makeLogRecord({"levelname": level, "msg": text}))
 
     def _write_later(self) -> None:
-        is_loop = self._call_later is not None and threading.get_ident() == self._ident
-        if self._kept and is_loop and self._timer is None:
-            assert self._call_later is not None
+        is_loop = threading.get_ident() == self._ident
+        if self._kept and is_loop and self._call_later is not None and self._timer is None:
             self._timer = self._call_later(RETRY_S, self._retry)
 
     def _retry(self) -> None:
-        self.acquire()
-        try:
+        with self._held:
             self._timer = None
             self._write()
             self._write_later()
-        finally:
-            self.release()
 
 
 class _JournalFormatter(logging.Formatter):
     """Lines with their priority in front, each of a traceback's, too: sd-daemon(3)."""
 
     def format(self, record: logging.LogRecord) -> str:
-        level = record.levelno
-        priority = next((number for least, number in _PRIORITIES if level >= least), 7)
-        lines = super().format(record).split("\n")
-        return "\n".join(f"<{priority}>{line}" for line in lines)
+        start = f"<{_PRIORITIES.get(record.levelname, 7)}>"
+        return start + super().format(record).replace("\n", f"\n{start}")
 
 
 class _JsonFormatter(logging.Formatter):
@@ -243,13 +227,9 @@ class _JsonFormatter(logging.Formatter):
         import json  # noqa: PLC0415
 
         second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        return json.dumps(
-            {
-                "time": f"{second}.{int(record.created * 1000) % 1000:03}Z",
-                "level": record.levelname.lower(),
-                "message": super().format(record),
-            }
-        )
+        when = f"{second}.{int(record.created * 1000) % 1000:03}Z"
+        level, message = record.levelname.lower(), super().format(record)
+        return json.dumps({"time": when, "level": level, "message": message})
 
 
 class LogFilter(logging.Filter):
@@ -269,6 +249,9 @@ class LogFilter(logging.Filter):
         """Tell whether the line is to be written."""
         kind = str(record.msg)
         record.msg, record.args = masked(record.getMessage()), ()
+        if record.exc_info:  # by line: what looks like a secret shall not hide the rest
+            lines = logging.Formatter().formatException(record.exc_info).split("\n")
+            record.exc_text = "\n".join(map(masked, lines))
         if record.levelno < logging.WARNING:
             return True
         now = time.monotonic()

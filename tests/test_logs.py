@@ -288,6 +288,27 @@ def test_a_secret_is_masked_in_every_format(credentials: Credentials) -> None:
         assert credentials.token[:20] not in lines[0]
 
 
+WRAPPED = """
+set_up_logging('info', {!r})
+try:
+    raise ValueError('a {} b' + chr(10) + 'c {{' + 'd' * 30)
+except ValueError:
+    log.exception('e')
+"""
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_secret_in_a_traceback_is_masked(credentials: Credentials, log_format: str) -> None:
+    """Line by line: the rest of it is there."""
+    lines = logged(f"exec({WRAPPED.format(log_format, credentials.token)!r})")
+    text = "\n".join(lines)
+    if log_format == "json":
+        text = json.loads(text)["message"]
+    assert "Traceback (most recent call last):\n" in text
+    assert text.endswith("ValueError: a [secret] b\nc [secret]")
+    assert credentials.token[:20] not in text
+
+
 def test_a_client_whose_log_nobody_reads_goes_on(credentials: Credentials) -> None:
     """Its standard error is full from the start; the tunnel comes up, and SIGTERM ends it."""
     with RawRelay(credentials) as raw_relay:
