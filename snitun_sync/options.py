@@ -19,37 +19,29 @@ import re
 from . import __version__
 from .errors import ConfigurationError, UsageError
 from .logs import LOG_FORMATS, LOG_LEVELS, log, masked, set_up_logging
-from .program import EXIT_USAGE, hide_argument, read_text, take_environment
+from .program import EXIT_USAGE, hide_argument, read_text, say, take_environment
 from .protocol.aes import BACKENDS
 from .protocol.names import shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-    from types import TracebackType
+    from collections.abc import Callable, Collection, Iterator, Sequence
     from typing import Any, NoReturn
 
     from .net.service import Service
 
 # The options of all programs, by the section of the file: each knows the others' names, so
 # that one file, and one environment, serve all. A test compares.
-COMMON = ("crypto", "log-format", "log-level")
-SERVICE = ("admin", "admin-token-file", "budget", "channel-idle", "congestion-control", "grace")
+COMMON = "crypto json log-format log-level"
+SERVICE = f"{COMMON} admin admin-token-file budget channel-idle congestion-control grace watch"
+CLIENT = """aes-iv-file aes-key-file cipher endpoint exit-on-refusal keepalive max-channels
+    max-new-channels once probe probe-address protocol-version proxy proxy-password-file
+    reconnect-spread server token token-file"""
+MASTER = "alias cipher fernet-key-file hostname protocol-version server single-use valid-for"
 SECTIONS = {
-    "client": (
-        *COMMON,
-        *SERVICE,
-        *("aes-iv-file", "aes-key-file", "cipher", "endpoint", "exit-on-refusal", "json"),
-        *("keepalive", "max-channels", "max-new-channels", "once", "probe", "probe-address"),
-        *("protocol-version", "proxy", "proxy-password-file", "reconnect-spread", "server"),
-        *("token", "token-file", "watch"),
-    ),
-    "server": (*COMMON, *SERVICE, "fernet-key-file", "json", "listen", "peer-listen", "watch"),
-    "master": (
-        *COMMON,
-        *("alias", "cipher", "fernet-key-file", "hostname", "json", "protocol-version", "server"),
-        *("single-use", "valid-for"),
-    ),
+    "client": f"{SERVICE} {CLIENT}".split(),
+    "server": f"{SERVICE} fernet-key-file listen peer-listen".split(),
+    "master": f"{COMMON} {MASTER}".split(),
 }
 ENVIRONMENT = "SNITUN_"
 SOURCES = """\
@@ -60,10 +52,7 @@ GRACE_S = 10.0
 CHANNEL_IDLE_S = 3600.0  # as net/tuning.py has it, which not all programs have
 CONFIG = "config"
 CHECK = "check"  # on the command line only
-_FLAGS = {
-    **dict.fromkeys(("yes", "true", "on", "1"), True),
-    **dict.fromkeys(("no", "false", "off", "0"), False),
-}
+YES, NO = ("yes", "true", "on", "1"), ("no", "false", "off", "0")
 
 # Where a setting comes from: whatever is less goes before the others.
 COMMAND_LINE, FROM_ENVIRONMENT, FILE, DEFAULT = range(4)
@@ -72,13 +61,34 @@ UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 UNITS_BYTES = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 
 
-class Setting:
-    """Where the value of an option comes from; `name` is how a message calls it."""
+def duration_s(text: str) -> float:
+    """Return the seconds of "90s", "5m", "1h", "2d", "1w" or "0.5"; a type for argparse."""
+    match = re.fullmatch(r"([0-9]{1,10}(?:\.[0-9]{1,9})?)([smhdw]?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)}; expected seconds, or a number and one of s, m, h, d, w"
+        )
+    return float(match[1]) * UNITS_S[match[2]]
 
-    __slots__ = ("is_secret", "key", "name", "rank")
 
-    def __init__(self, key: str, rank: int, name: str, *, is_secret: bool) -> None:
-        self.key, self.rank, self.name, self.is_secret = key, rank, name, is_secret
+def size_bytes(text: str) -> int:
+    """Return the bytes of "64K", "8M", "1G" (of 1,024) or "4096"; a type for argparse."""
+    match = re.fullmatch(r"([0-9]{1,15})([KMG]?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)}; expected bytes, or a whole number and one of K, M, G"
+        )
+    return int(match[1]) * UNITS_BYTES[match[2]]
+
+
+def _crypto(text: str) -> str:
+    if text not in BACKENDS:
+        raise argparse.ArgumentTypeError(f"{shown(text)}; expected {' or '.join(BACKENDS)}")
+    return text
+
+
+# The types of options by the word that stands for their value; others are text.
+TYPES = {"TIME": duration_s, "SIZE": size_bytes, "N": int, "PACKAGE": _crypto}
 
 
 class Options(argparse.Namespace):
@@ -90,176 +100,132 @@ class Options(argparse.Namespace):
 
     def __init__(self) -> None:
         super().__init__()
-        self._settings: dict[str, Setting] = {}  # by attribute
+        # By attribute: the rank of the place that it comes from, and how a message calls that.
+        self._settings: dict[str, tuple[int, str]] = {}
+        self._secrets: set[str] = set()  # attributes
         self._warnings: list[str] = []  # until there is a log
         self._taken: dict[str, str] = {}  # secrets that were in the environment
 
-    def source(self, attribute: str) -> str:
-        """Return `--endpoint`, `$SNITUN_ENDPOINT` or `/etc/snitun.ini: [client] endpoint`."""
-        return self._settings[attribute].name
-
     def rank(self, attribute: str) -> int:
         """Return COMMAND_LINE, FROM_ENVIRONMENT, FILE or DEFAULT."""
-        return self._settings[attribute].rank
+        return self._settings[attribute][0]
+
+    def source(self, attribute: str) -> str:
+        """Return `--endpoint`, `$SNITUN_ENDPOINT` or `/etc/snitun.ini: [client] endpoint`."""
+        return self._settings[attribute][1]
 
     def lines(self) -> Iterator[str]:
         """Yield `name = value   (source)` for all settings, without secrets."""
-        for attribute, setting in self._settings.items():
+        for attribute, (rank, name) in self._settings.items():
             value = getattr(self, attribute)
-            text = "[secret]" if value and setting.is_secret else masked(_text(value))
-            places = {COMMAND_LINE: "command line", DEFAULT: "default"}
-            line = f"{setting.key} = {text}".rstrip()
-            yield f"{line}   ({places.get(setting.rank, setting.name)})"
-
-    def renamed(self, error: ConfigurationError) -> ConfigurationError:
-        """Return the error with the real source of the option that its text begins with."""
-        option, colon, rest = str(error).partition(": ")
-        setting = self._settings.get(option[2:].replace("-", "_"))
-        if not colon or setting is None or option != f"--{setting.key}":
-            return error
-        kind = type(error)
-        if kind is UsageError and setting.rank == FILE:
-            kind = ConfigurationError
-        return kind(f"{setting.name}: {rest}")
+            text = "[secret]" if value and attribute in self._secrets else masked(_text(value))
+            place = {COMMAND_LINE: "command line", DEFAULT: "default"}.get(rank, name)
+            line = f"{_key(attribute)} = {text}".rstrip()
+            yield f"{line}   ({place})"
 
     def __enter__(self) -> Options:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if isinstance(error, ConfigurationError):
-            raise self.renamed(error) from None
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if not isinstance(error, ConfigurationError):
+            return
+        option, colon, rest = str(error).partition(": ")
+        attribute = option[2:].replace("-", "_")
+        if colon and attribute in self._settings and option == f"--{_key(attribute)}":
+            rank, name = self._settings[attribute]
+            is_from_file = type(error) is UsageError and rank == FILE
+            error = (ConfigurationError if is_from_file else type(error))(f"{name}: {rest}")
+        raise error from None
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with the other sources, the exit code of sysexits.h, and no secrets in messages.
 
-    `add_argument` takes `is_secret=True`: the value is removed from the environment and
-    overwritten on the command line. That, and `required`, not in a group. No help text
-    may have `%(default)s`.
+    Options are added by `add`. No help text may have `%(default)s`.
     """
 
     def __init__(self, prog: str, *, description: str, epilog: str = "", **options: Any) -> None:
         """`options` are what argparse passes on to the parser of a sub-command."""
-        super().__init__(
-            prog=prog,
-            description=description,
-            epilog=epilog,
-            formatter_class=_help,
-            allow_abbrev=False,
-            **options,
-        )
+        options.update(description=description, epilog=epilog)
+        super().__init__(prog, formatter_class=_help, allow_abbrev=False, **options)
         self._section = prog.partition(" ")[0].rpartition("-")[2]
+        self._group: argparse._ActionsContainer = self
         self._secrets: set[str] = set()  # attributes
-        self._required: list[argparse.Action] = []
-        self._is_converting = self._is_again = False
-        if not epilog:
-            return  # a sub-command
-        self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+        self._required: list[str] = []
+        self._is_again = False
+        if epilog:  # no sub-command
+            self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
-    def add_argument(
-        self, *names: str, is_secret: bool = False, required: bool = False, **options: Any
-    ) -> argparse.Action:
-        """Add an option; see argparse."""
-        action = super().add_argument(*names, **options)
+    def begin(self, title: str) -> None:
+        """Begin the group of options that --help has below `title`; "" ends the last one."""
+        self._group = self.add_argument_group(title) if title else self
+
+    def add(
+        self,
+        name: str,
+        text: str,
+        default: object = None,
+        *,
+        is_secret: bool = False,
+        is_required: bool = False,
+        **more: Any,
+    ) -> None:
+        """Add an option to the group, such as `--keepalive TIME`; one without a word is a flag.
+
+        The word also stands for its type, see TYPES. The value of a secret is removed from the
+        environment and overwritten on the command line. `more` is for argparse.
+        """
+        name, _, word = name.partition(" ")
+        if word:
+            more = {"metavar": word, "type": TYPES.get(word), "default": default, **more}
+        else:
+            more["action"] = "store_true"
+        attribute = self._group.add_argument(name, help=text, **more).dest
         if is_secret:
-            self._secrets.add(action.dest)
-        if required:
-            self._required.append(action)
-        return action
+            self._secrets.add(attribute)
+        if is_required:
+            self._required.append(attribute)
 
-    def error(self, message: str) -> NoReturn:
-        if self._is_converting:
-            raise UsageError(message.partition(": ")[2])  # "argument --name: …"
-        if self._is_again:
-            raise UsageError(masked(message))
-        self.exit(EXIT_USAGE, f"{self.prog}: {masked(message)}; see {self.prog} --help\n")
-
-    def hide(self, action: argparse.Action) -> None:
-        """The option of a group holds a secret, as by `is_secret`."""
-        self._secrets.add(action.dest)
-
-    def add_service(self, *, budget_bytes: int) -> argparse._ArgumentGroup:
-        """Add the options of programs that have tunnels; return the group of limits."""
-        limits = self.add_argument_group("limits")
-        limits.add_argument(
-            "--budget",
-            metavar="SIZE",
-            type=size_bytes,
-            default=budget_bytes,
-            help="how much may be held for slow devices and services, like 8M (default: "
-            f"{budget_bytes // UNITS_BYTES['M']}M)",
+    def add_service(self, *, budget_bytes: int) -> None:
+        """Add the options of programs that have tunnels; the group of limits stays open."""
+        self.begin("running")
+        self.add(
+            "--admin ADDRESS",
+            "answer questions (/ready, /status, /metrics) at HOST:PORT or unix:/PATH",
+            "",
         )
-        limits.add_argument(
-            "--channel-idle",
-            metavar="TIME",
-            type=duration_s,
-            default=CHANNEL_IDLE_S,
-            help="close a connection on which nothing moves for so long (default: 1h)",
-        )
-        life = self.add_argument_group("running")
-        life.add_argument(
-            "--admin",
-            metavar="ADDRESS",
-            default="",
-            help="answer questions (/ready, /status, /metrics) at HOST:PORT or unix:/PATH",
-        )
-        life.add_argument(
-            "--admin-token-file",
-            metavar="FILE",
-            help="who asks must know what is in there: Authorization: Bearer …",
-        )
-        life.add_argument(
-            "--grace",
-            metavar="TIME",
-            type=duration_s,
-            default=GRACE_S,
-            help="how long open connections may go on after SIGTERM (default: 10s)",
-        )
-        life.add_argument(
-            "--congestion-control",
-            metavar="NAME",
-            default="",
-            help="how the kernel paces what is sent, such as bbr: small exchanges wait less behind "
+        text = "who asks must know what is in there: Authorization: Bearer …"
+        self.add("--admin-token-file FILE", text)
+        text = "how long open connections may go on after SIGTERM (default: 10s)"
+        self.add("--grace TIME", text, GRACE_S)
+        self.add(
+            "--congestion-control NAME",
+            "how the kernel paces what is sent, such as bbr: small exchanges wait less behind "
             "large ones on a slow line (default: the system's)",
+            "",
         )
-        life.add_argument(
-            f"--{CHECK}",
-            action="store_true",
-            help="check all settings and files, print the settings, and exit",
-        )
-        return limits
+        self.add(f"--{CHECK}", "check all settings and files, print the settings, and exit")
+        self.begin("limits")
+        default = f"{budget_bytes // UNITS_BYTES['M']}M"
+        text = f"how much may be held for slow devices and services, like 8M (default: {default})"
+        self.add("--budget SIZE", text, budget_bytes)
+        text = "close a connection on which nothing moves for so long (default: 1h)"
+        self.add("--channel-idle TIME", text, CHANNEL_IDLE_S)
 
     def add_common(self) -> None:
         """Add the options that all programs have."""
-        self.add_argument(
-            f"--{CONFIG}", metavar="FILE", help=f"an INI file with options in [{self._section}]"
-        )
-        self.add_argument(
-            "--crypto",
-            metavar="PACKAGE",
-            type=_crypto,
-            default="",
-            help="pycryptodome (default) or cryptography",
-        )
-        self.add_argument(
-            "--log-format",
-            default="text",
-            choices=LOG_FORMATS,
-            metavar="FORMAT",
-            help="text (default) or json, an object a line",
-        )
-        self.add_argument(
-            "--log-level",
-            default="info",
-            choices=LOG_LEVELS,
-            metavar="LEVEL",
-            help=f"{', '.join(LOG_LEVELS)} (default: info); debug has a line for each connection",
-        )
+        self.begin("")
+        self.add(f"--{CONFIG} FILE", f"an INI file with options in [{self._section}]")
+        self.add("--crypto PACKAGE", "pycryptodome (default) or cryptography", "")
+        text = "text (default) or json, an object a line"
+        self.add("--log-format FORMAT", text, "text", choices=LOG_FORMATS)
+        text = f"{', '.join(LOG_LEVELS)} (default: info); debug has a line for each connection"
+        self.add("--log-level LEVEL", text, "info", choices=LOG_LEVELS)
+
+    def error(self, message: str) -> NoReturn:
+        if self._is_again:
+            raise UsageError(masked(message))
+        self.exit(EXIT_USAGE, f"{self.prog}: {masked(message)}; see {self.prog} --help\n")
 
     def read(self, arguments: Sequence[str], former: Options | None = None) -> Options:
         """Return the options from all sources; the log is set up then.
@@ -300,77 +266,70 @@ class Parser(argparse.ArgumentParser):
     def _read_all(self, actions: list[argparse.Action], options: Options) -> None:
         """Set what the command line hasn't set."""
         # First of all, as long as nothing can fail.
-        variables = {_key(action): self._variable(action, options) for action in actions}
+        variables = {action.dest: self._variable(action.dest, options) for action in actions}
         file: dict[str, str] = {}
         path = ""
         if CONFIG in variables:
             path = options.config or variables[CONFIG]
-            source = f"--{CONFIG}" if options.config else f"${_variable_name(CONFIG)}"
+            source = f"--{CONFIG}" if options.config else _variable_name(CONFIG)
             options._warnings += _unknown_variables()
             if path:
                 file = self._read_file(path, source, options)
-        for action in actions:
-            key, flag = _key(action), f"--{_key(action)}"
-            value = getattr(options, action.dest)
-            place, rank = flag, COMMAND_LINE
-            if value is None and (text := variables[key]):
-                place, rank = f"${_variable_name(key)}", FROM_ENVIRONMENT
-                value = self._convert(action, text, text.split(), place, UsageError)
-            if value is None and (text := file.get(key, "").strip()):
-                place, rank = f"{path}: [{self._section}] {key}", FILE
-                lines = [line.strip() for line in text.splitlines() if line.strip()]
-                value = self._convert(action, text, lines, place, ConfigurationError)
-            if value is None:
-                place, rank, value = flag, DEFAULT, action.default
-                if value and isinstance(value, str) and action.type is not None:
-                    value = self._convert(action, value, [], place, UsageError)
-            setattr(options, action.dest, value)
-            if key not in (CONFIG, CHECK):
-                is_secret = action.dest in self._secrets
-                options._settings[action.dest] = Setting(key, rank, place, is_secret=is_secret)
-        missing = [f"--{_key(a)}" for a in self._required if getattr(options, a.dest) is None]
+        with options:  # which gives an error its source
+            for action in actions:
+                key = _key(action.dest)
+                in_file = f"{path}: [{self._section}] {key}", file.get(key, "")
+                self._settle(action, options, variables[action.dest], *in_file)
+        missing = [f"--{_key(name)}" for name in self._required if getattr(options, name) is None]
         if missing:
             self.error(f"the following arguments are required: {', '.join(missing)}")
 
-    def _variable(self, action: argparse.Action, options: Options) -> str:
+    def _variable(self, attribute: str, options: Options) -> str:
         """Return the text of the environment, "" for none; hide a secret, wherever it is."""
-        name = _variable_name(_key(action))
-        if action.dest not in self._secrets:
-            return os.environ.get(name, "") if action.dest != CHECK else ""
-        value = getattr(options, action.dest)
+        name = _variable_name(attribute)[1:]
+        if attribute not in self._secrets:
+            return os.environ.get(name, "") if attribute != CHECK else ""
+        options._secrets.add(attribute)
+        value = getattr(options, attribute)
         if value is not None and value != "-":
             hide_argument(value)
         if text := take_environment(name):
             options._taken[name] = text
         return options._taken.get(name, "")
 
-    def _convert(
-        self,
-        action: argparse.Action,
-        text: str,
-        parts: list[str],
-        place: str,
-        kind: type[ConfigurationError],
-    ) -> Any:
-        """Return what `text`, or its `parts` for a list, means to argparse."""
-        name = action.option_strings[-1]
+    def _settle(
+        self, action: argparse.Action, options: Options, variable: str, place: str, line: str
+    ) -> None:
+        """Set one option from the first source that has it; `line` is the file's, at `place`."""
+        attribute = action.dest
+        value, texts = getattr(options, attribute), []
+        rank, source = COMMAND_LINE, f"--{_key(attribute)}"
+        if value is None:
+            if texts := _texts(action, variable, None):
+                rank, source = FROM_ENVIRONMENT, _variable_name(attribute)
+            elif texts := _texts(action, line, "\n"):
+                rank, source = FILE, place
+            else:
+                rank, value = DEFAULT, action.default
+                texts = [value] if value and isinstance(value, str) else []
+        if attribute not in (CONFIG, CHECK):
+            options._settings[attribute] = rank, source
+        setattr(options, attribute, self._converted(action, texts) if texts else value)
+
+    def _converted(self, action: argparse.Action, texts: list[str]) -> Any:
+        """Return what a value, or all those of a list, mean to argparse. Raises UsageError."""
+        option = f"--{_key(action.dest)}"
         if action.nargs == 0:
-            value = _FLAGS.get(text.lower())
-            if value is None:
-                raise kind(f"{place}: {shown(text)}; expected yes or no")
-            return value
-        is_list = isinstance(action, argparse._AppendAction)
-        # Of all defaults, only the one that is asked for goes through its type.
-        blank = argparse.Namespace(**{other.dest: None for other in self._actions})
-        arguments = [f"{name}={part}" for part in (parts if is_list else [text])]
-        self._is_converting = True
+            if texts[0].lower() not in YES + NO:
+                raise UsageError(f"{option}: {shown(texts[0])}; expected yes or no")
+            return texts[0].lower() in YES
         try:
-            namespace = super().parse_known_args(arguments, blank)[0]
-        except UsageError as error:
-            raise kind(f"{place}: {error}") from None
-        finally:
-            self._is_converting = False
-        return getattr(namespace, action.dest)
+            values = [self._get_value(action, text) for text in texts]
+            for value in values:
+                self._check_value(action, value)
+        except argparse.ArgumentError as error:
+            raise UsageError(f"{option}: {error.message}") from None
+        return values if isinstance(action, argparse._AppendAction) else values[0]
 
     def _read_file(self, path: str, source: str, options: Options) -> dict[str, str]:
         """Return this program's section of an INI file. Raises ConfigurationError."""
@@ -385,65 +344,26 @@ class Parser(argparse.ArgumentParser):
             raise ConfigurationError(f"{path}: {_what_is_wrong(error)}") from None
         for section in file.sections():
             if section not in SECTIONS:
-                raise ConfigurationError(
-                    f"{path}: [{_shown_name(section)}]: no such section"
-                    + _nearest(section, SECTIONS)
-                )
+                said = f"{_bare(section)}]: no such section{_meant(section, SECTIONS)}"
+                raise ConfigurationError(f"{path}: [{said}")
             for key in file.options(section):
                 if key not in SECTIONS[section]:
-                    raise ConfigurationError(
-                        f"{path}: [{section}] {_shown_name(key)}: no such option"
-                        + _nearest(key, SECTIONS[section])
-                    )
-        if not file.has_section(self._section):
-            return {}
-        settings = dict(file.items(self._section))
-        for attribute in self._secrets:
-            key = attribute.replace("_", "-")
+                    said = f"{_bare(key)}: no such option{_meant(key, SECTIONS[section])}"
+                    raise ConfigurationError(f"{path}: [{section}] {said}")
+        settings = dict(file.items(self._section)) if file.has_section(self._section) else {}
+        for key in map(_key, self._secrets):
             value = settings.get(key)
             # A proxy's URL is a secret only where it has a password.
             if value and (key != "proxy" or "@" in value) and _is_public(path):
-                options._warnings.append(
-                    f"{path}: [{self._section}] {key} can be read by everybody: chmod 600 it"
-                )
+                said = f"{key} can be read by everybody: chmod 600 it"
+                options._warnings.append(f"{path}: [{self._section}] {said}")
         return settings
 
 
 def check_service(program: str, options: Options, make: Callable[[], Service]) -> None:
     """Make a service and free it again; print the settings. Raises what `make` raises."""
     make().stop()
-    print(f"{program}: the configuration is right")
-    for line in options.lines():
-        print(line)
-
-
-# --- types of options ----------------------------------------------------------------
-
-
-def duration_s(text: str) -> float:
-    """Return the seconds of "90s", "5m", "1h", "2d", "1w" or "0.5"; a type for argparse."""
-    match = re.fullmatch(r"([0-9]{1,10}(?:\.[0-9]{1,9})?)([smhdw]?)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(
-            f"{shown(text)}; expected seconds, or a number and one of s, m, h, d, w"
-        )
-    return float(match[1]) * UNITS_S[match[2]]
-
-
-def size_bytes(text: str) -> int:
-    """Return the bytes of "64K", "8M", "1G" (of 1,024) or "4096"; a type for argparse."""
-    match = re.fullmatch(r"([0-9]{1,15})([KMG]?)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(
-            f"{shown(text)}; expected bytes, or a whole number and one of K, M, G"
-        )
-    return int(match[1]) * UNITS_BYTES[match[2]]
-
-
-def _crypto(text: str) -> str:
-    if text not in BACKENDS:
-        raise argparse.ArgumentTypeError(f"{shown(text)}; expected {' or '.join(BACKENDS)}")
-    return text
+    say("\n".join((f"{program}: the configuration is right", *options.lines())))
 
 
 # --- texts -----------------------------------------------------------------------------
@@ -458,12 +378,20 @@ def _help(prog: str) -> argparse.HelpFormatter:
     return argparse.RawDescriptionHelpFormatter(prog, width=columns - 2)
 
 
-def _key(action: argparse.Action) -> str:
-    return action.option_strings[-1][2:]
+def _key(attribute: str) -> str:
+    return attribute.replace("_", "-")
 
 
-def _variable_name(key: str) -> str:
-    return ENVIRONMENT + key.upper().replace("-", "_")
+def _variable_name(attribute: str) -> str:
+    """Return the name of its environment variable, with the $ that messages have."""
+    return f"${ENVIRONMENT}{_key(attribute).upper().replace('-', '_')}"
+
+
+def _texts(action: argparse.Action, text: str, separator: str | None) -> list[str]:
+    """Return the value that `text` has, the values for a list, none where it is empty."""
+    is_list = isinstance(action, argparse._AppendAction)
+    parts = map(str.strip, text.split(separator) if is_list else [text])
+    return [part for part in parts if part]
 
 
 def _text(value: object) -> str:
@@ -476,38 +404,37 @@ def _what_is_wrong(error: Any) -> str:
     """Return what configparser has found, without the line itself: it may be a secret."""
     section, option = getattr(error, "section", ""), getattr(error, "option", "")
     if section:
-        name = f"[{_shown_name(section)}]" + (f" {_shown_name(option)}" if option else "")
+        name = f"[{_bare(section)}]" + (f" {_bare(option)}" if option else "")
         return f"{name}: it is there twice, again in line {error.lineno}"
     line = getattr(error, "lineno", None) or error.errors[0][0]
     return f"line {line}: expected [client], [server] or [master], or NAME = VALUE below one"
 
 
-def _unknown_variables() -> list[str]:
-    """Return a warning for each SNITUN_ variable that no program takes: it has no effect."""
-    names = [name for name in os.environ if name.startswith(ENVIRONMENT)]
-    if not names:
-        return []
-    known = {_variable_name(key) for keys in SECTIONS.values() for key in (*keys, CONFIG)}
-    return [
-        f"${_shown_name(name)}: no such setting{_nearest(name, known, ENVIRONMENT)}"
-        for name in sorted(set(names) - known)
-    ]
+def _unknown_variables() -> Iterator[str]:
+    """Yield a warning for each SNITUN_ variable that no program takes: it has no effect."""
+    known = {key for keys in SECTIONS.values() for key in (*keys, CONFIG)}
+    names = {name for name in os.environ if name.startswith(ENVIRONMENT)}
+    for name in sorted(names - {_variable_name(key)[1:] for key in known}):
+        key = _nearest(name[len(ENVIRONMENT) :].replace("_", "-"), known)
+        hint = f"; did you mean {_variable_name(key)}?" if key else ""
+        yield f"${_bare(name)}: no such setting{hint}"
 
 
-def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return the end of a message: which of the known names, all with `prefix`, may be meant."""
+def _meant(name: str, known: Collection[str]) -> str:
+    """Return the end of a message: which of the known names may be meant."""
+    nearest = _nearest(name, known)
+    if nearest:
+        return f"; did you mean {nearest}?"
+    return f"; expected one of {', '.join(sorted(known))}"
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
     from difflib import get_close_matches  # noqa: PLC0415
 
-    size = len(prefix)
-    found = get_close_matches(name[size:].lower(), [text[size:].lower() for text in known], 1)
-    if found:
-        is_variable = bool(prefix)
-        nearest = prefix + (found[0].upper() if is_variable else found[0])
-        return f"; did you mean {'$' * is_variable}{nearest}?"
-    return "" if prefix else f"; expected one of {', '.join(sorted(known))}"
+    return "".join(get_close_matches(name.lower(), known, 1))
 
 
-def _shown_name(name: str) -> str:
+def _bare(name: str) -> str:
     """Return a name that somebody has made up, without quotes where it is short."""
     text = shown(name)
     return text[1:-1] if text.startswith(("'", '"')) else text

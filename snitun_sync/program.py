@@ -103,10 +103,8 @@ def read_secret(path: str | None, option: str) -> str:
 
     Raises UnreadableError, and ConfigurationError where nothing is in it.
     """
-    if path is None:
-        return ""
-    text = read_text(path, option).strip()
-    if not text:
+    text = "" if path is None else read_text(path, option).strip()
+    if path is not None and not text:
         raise ConfigurationError(f"{option}: {path} is empty")
     return text
 
@@ -243,14 +241,30 @@ def _tell_manager(name: str, text: str) -> None:
         pass
 
 
+class _OutputError(Exception):
+    """Standard output doesn't take what is printed."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"standard output: {error.strerror or error}")
+        self.is_closed = isinstance(error, BrokenPipeError)
+
+
+def say(text: str) -> None:
+    """Print `text` at once; where standard output doesn't take it, that ends the program."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # Don't complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise _OutputError(error) from None
+
+
 def main(program: str, body: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     """Call `body(arguments)`; return the exit code, after one line for an error."""
     manager = os.environ.get("NOTIFY_SOCKET", "")  # a service takes it out
     try:
         body(arguments)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except SniTunError as error:
+    except (SniTunError, OSError) as error:
         text = masked(str(error))
         say_last(f"{program}: {text}")
         if manager:
@@ -258,11 +272,9 @@ def main(program: str, body: Callable[[Sequence[str]], None], arguments: Sequenc
         return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), EXIT_SOFTWARE)
     except KeyboardInterrupt:
         return 130
-    except OSError as error:  # what is printed can't be written
-        # Don't complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
+    except _OutputError as error:
+        if error.is_closed:
             return EXIT_OK  # who read it has seen enough
-        say_last(f"{program}: standard output: {error.strerror or error}")
+        say_last(f"{program}: {error}")
         return EXIT_IO
     return EXIT_OK

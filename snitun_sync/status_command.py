@@ -14,7 +14,7 @@ import time
 from .errors import LinkError, NotReadyError, UnreachableError
 from .net.dialing import blocking_dial
 from .options import Parser
-from .program import read_secret
+from .program import read_secret, say
 from .protocol.names import Address, parse_address
 
 TYPE_CHECKING = False
@@ -41,17 +41,11 @@ a table. Exit code: 0 if it is ready, 1 if it isn't, 69 if it doesn't answer."""
 def parser(program: str) -> Parser:
     """Return the options of the command."""
     options = Parser(f"{program} status", description=DESCRIPTION.format(program=program))
-    options.add_argument(
-        "--admin",
-        metavar="ADDRESS",
-        default=f"unix:/run/{program}/admin",
-        help=f"HOST:PORT or unix:/PATH (default: unix:/run/{program}/admin)",
-    )
-    options.add_argument("--admin-token-file", metavar="FILE", help="what may ask")
-    options.add_argument("--json", action="store_true", help="print all of it as JSON")
-    options.add_argument(
-        "--watch", action="store_true", help=f"print it anew every {WATCH_S:.0f} s, until Ctrl-C"
-    )
+    where = f"unix:/run/{program}/admin"
+    options.add("--admin ADDRESS", f"HOST:PORT or unix:/PATH (default: {where})", where)
+    options.add("--admin-token-file FILE", "what may ask")
+    options.add("--json", "print all of it as JSON")
+    options.add("--watch", f"print it anew every {WATCH_S:.0f} s, until Ctrl-C")
     options.add_common()
     return options
 
@@ -68,16 +62,14 @@ def run_status(program: str, arguments: Sequence[str]) -> None:
             try:
                 _show(ask(address, token), options)
             except LinkError as error:  # it may come back
-                print(CLEAR_SCREEN * (not options.json) + str(error), flush=True)
+                say(CLEAR_SCREEN * (not options.json) + str(error))
     if not report["is_ready"]:
         raise NotReadyError(f"not ready: {report['reason']}")
 
 
 def _show(report: Report, options: Options) -> None:
-    if options.json:
-        print(json.dumps(report), flush=True)
-    else:
-        print(CLEAR_SCREEN * options.watch + "\n".join(table(report)), flush=True)
+    clear = CLEAR_SCREEN * options.watch
+    say(json.dumps(report) if options.json else clear + "\n".join(table(report)))
 
 
 def ask(address: Address, token: str) -> Report:
@@ -120,28 +112,28 @@ def ask(address: Address, token: str) -> Report:
 
 def table(report: Report) -> Iterator[str]:
     """Yield the lines for people."""
-    yield from _rows([("ready" if report["is_ready"] else "NOT READY", report["summary"])])
-    if report["program"] == "snitun-client":
-        yield from _rows(_client_rows(report))
-    else:
-        yield from _rows(_relay_rows(report))
+    is_client = report["program"] == "snitun-client"
+    for name, text in (
+        ("ready" if report["is_ready"] else "NOT READY", report["summary"]),
+        *(_client_rows(report) if is_client else _relay_rows(report)),
+    ):
+        yield f"{name:<13} {text}"
     yield from _list_of_channels(report["channels"])
 
 
 def _client_rows(report: Report) -> Iterator[tuple[str, str]]:
-    ticket, tunnel = report["ticket"], report["tunnel"]
+    ticket, tunnel, probe = report["ticket"], report["tunnel"], report["probe"]
     if not report["is_ready"]:
         yield "reason", report["reason"]
-    relay = report["relay"]
-    if report["proxy"]:
-        relay += f", by the proxy {report['proxy']}"
-    yield "relay", relay
+    by = f", by the proxy {report['proxy']}" if report["proxy"] else ""
+    yield "relay", report["relay"] + by
     if tunnel is not None:
+        round_trip = "–" if tunnel["round_trip_ms"] is None else f"{tunnel['round_trip_ms']:g}"
         yield (
             "tunnel",
             f"{tunnel['local_address']} to {tunnel['relay_address']}, proven for "
             f"{span(tunnel['proven_for_s'])}, last byte {span(tunnel['silent_for_s'])} ago, "
-            f"round trip {_or_dash(tunnel['round_trip_ms'])} ms",
+            f"round trip {round_trip} ms",
         )
     elif report["retry_in_s"] is not None:
         yield "next attempt", f"in {span(max(0, report['retry_in_s']))}"
@@ -149,25 +141,18 @@ def _client_rows(report: Report) -> Iterator[tuple[str, str]]:
     expiry = ticket["expires_in_s"]
     if expiry is not None:
         when = f"expires in {span(expiry)}" if expiry > 0 else f"EXPIRED {span(-expiry)} ago"
-        yield (
-            "ticket",
-            f"{when} ({ticket['valid']}), version {ticket['protocol_version']}, {ticket['cipher']}",
-        )
+        text = "{} ({valid}), version {protocol_version}, {cipher}"
+        yield "ticket", text.format(when, **ticket)
     if report["clock_doubt"]:
         yield "clock", f"DOUBTFUL: {report['clock_doubt']}"
-    if report["probe"] is not None:
-        checked, failure = report["probe"]["checked"], report["probe"]["failure"]
-        yield "self-probe", f"{failure or 'devices get through'} ({checked or 'not yet'})"
+    if probe is not None:
+        said = probe["failure"] or "devices get through"
+        yield "self-probe", f"{said} ({probe['checked'] or 'not yet'})"
     yield from _common_rows(report)
-    refused = sum(report["refused_channels"].values())
-    if refused:
-        limits = ", ".join(f"{name} {n}" for name, n in report["refused_channels"].items())
-        yield "refused", f"{refused} channels, by limit: {limits}"
-    yield (
-        "attempts",
-        f"{report['attempts']}; failed: "
-        + (", ".join(f"{kind} {n}" for kind, n in report["failures"].items()) or "none"),
-    )
+    refused = report["refused_channels"]
+    if any(refused.values()):
+        yield "refused", f"{sum(refused.values())} channels, by limit: {_counts(refused)}"
+    yield "attempts", f"{report['attempts']}; failed: {_counts(report['failures'])}"
     for ending in reversed(report["endings"]):
         proven_s, count = ending["proven_s"], ending["count"]
         after = f"after {span(proven_s)}: " if proven_s is not None else ""
@@ -176,20 +161,14 @@ def _client_rows(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def _relay_rows(report: Report) -> Iterator[tuple[str, str]]:
-    yield (
-        "clients",
-        f"{report['tunnels']} connected, {report['hostnames']} hostnames, "
-        f"{report['tunnels_opened']} tunnels so far, {report['takeovers']} takeovers",
-    )
-    yield "refused", f"{report['refused_clients']} clients, {report['refused_devices']} devices"
-    yield "accepted", f"{report['accepted']} connections, {report['arrivals']} not known yet"
+    text = "{tunnels} connected, {hostnames} hostnames, {tunnels_opened} tunnels so far, "
+    yield "clients", (text + "{takeovers} takeovers").format_map(report)
+    yield "refused", "{refused_clients} clients, {refused_devices} devices".format_map(report)
+    yield "accepted", "{accepted} connections, {arrivals} not known yet".format_map(report)
     yield from _common_rows(report)
     for client in report["clients"][:CLIENTS_SHOWN]:
-        yield (
-            client["hostname"],
-            f"{client['address']}, up for {span(client['up_for_s'])}, "
-            f"{client['channels']} channels, token valid until {client['valid']}",
-        )
+        text = "{address}, up for {}, {channels} channels, token valid until {valid}"
+        yield client["hostname"], text.format(span(client["up_for_s"]), **client)
     left_out = len(report["clients"]) - CLIENTS_SHOWN
     if left_out > 0:
         yield "…", f"and {left_out} more; --json has them"
@@ -197,49 +176,38 @@ def _relay_rows(report: Report) -> Iterator[tuple[str, str]]:
 
 def _common_rows(report: Report) -> Iterator[tuple[str, str]]:
     channels, memory = report["channels"], report["memory"]
-    yield (
-        "channels",
-        f"{channels['open']} open, {channels['opened']} so far, {channels['aborted']} cut; "
-        f"{size(channels['received_bytes'])} from the tunnel, "
-        f"{size(channels['sent_bytes'])} into it",
-    )
-    yield (
-        "memory",
-        f"{size(memory['resident_bytes'])} resident; {size(memory['held_bytes'])} of "
-        f"{size(memory['budget_bytes'])} held",
-    )
-    yield "version", f"{report['version']}, started {report['started']}"
+    received, sent = size(channels["received_bytes"]), size(channels["sent_bytes"])
+    text = "{open} open, {opened} so far, {aborted} cut; ".format_map(channels)
+    yield "channels", f"{text}{received} from the tunnel, {sent} into it"
+    held, budget = size(memory["held_bytes"]), size(memory["budget_bytes"])
+    yield "memory", f"{size(memory['resident_bytes'])} resident; {held} of {budget} held"
+    yield "version", "{version}, started {started}".format_map(report)
 
 
-def _rows(rows: Any) -> Iterator[str]:
-    for name, text in rows:
-        yield f"{name:<13} {text}"
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
 
 
 def _list_of_channels(channels: Report) -> Iterator[str]:
-    if not channels["list"]:
-        return
-    yield ""
-    yield (
-        f"{'device':<24} {'age':>8} {'idle':>8} {'from tunnel':>12} {'into tunnel':>12} {'held':>9}"
-    )
+    form = "{:<24} {:>8} {:>8} {:>12} {:>12} {:>9}"
+    if channels["list"]:
+        yield ""
+        yield form.format("device", "age", "idle", "from tunnel", "into tunnel", "held")
     for channel in channels["list"][:CHANNELS_SHOWN]:
-        yield (
-            f"{channel['device']:<24} {span(channel['age_s']):>8} {span(channel['idle_s']):>8} "
-            f"{size(channel['received_bytes']):>12} {size(channel['sent_bytes']):>12} "
-            f"{size(channel['held_bytes']):>9}"
-        )
+        times = (span(channel[name]) for name in ("age_s", "idle_s"))
+        sizes = (size(channel[f"{name}_bytes"]) for name in ("received", "sent", "held"))
+        yield form.format(channel["device"], *times, *sizes)
     left_out = channels["open"] - CHANNELS_SHOWN
     if left_out > 0:
         yield f"… and {left_out} more"
 
 
 def span(seconds: float) -> str:
-    """Return a time span as people read it, in its largest unit or two."""
-    for unit, unit_s, small, small_s in (("d", 86400, "h", 3600), ("h", 3600, "min", 60)):
-        if seconds >= unit_s:
-            return f"{seconds // unit_s:.0f} {unit} {seconds % unit_s // small_s:.0f} {small}"
-    return f"{seconds // 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+    """Return a time span as people read it, in the largest unit of which it has two."""
+    for unit, unit_s in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * unit_s:
+            return f"{seconds / unit_s:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def size(count: float) -> str:
@@ -249,7 +217,3 @@ def size(count: float) -> str:
             break
         count /= 1024
     return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-
-
-def _or_dash(value: float | None) -> str:
-    return "–" if value is None else f"{value:g}"

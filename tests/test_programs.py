@@ -477,6 +477,29 @@ def test_a_full_disk_is_an_error() -> None:
     assert result.returncode == 74
 
 
+def test_other_errors_of_the_system_aren_t_standard_output_s() -> None:
+    code = """if True:
+        from snitun_sync import program
+        def body(arguments):
+            open("/no/such/file")
+        raise SystemExit(program.main("snitun-client", body, []))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=False
+    )
+    assert done.stderr == "snitun-client: [Errno 2] No such file or directory: '/no/such/file'\n"
+    assert done.returncode == 70
+
+
+def test_what_is_checked_and_shown_needs_standard_output_too(credentials: Credentials) -> None:
+    for command in ("--check", "show-ticket"):
+        ran = f"{sys.executable} -m snitun_sync.client {command}"
+        ran += f" --token-file {credentials.ticket_file} > /dev/full"
+        result = shell(ran)
+        assert result.stderr == "snitun-client: standard output: No space left on device\n"
+        assert result.returncode == 74
+
+
 def test_standard_input_and_output_may_be_closed() -> None:
     result = shell(
         "MASTER ticket --fernet-key-file - --hostname a.test --server b.test <&-; exit $?"

@@ -9,8 +9,8 @@ import time
 
 from ..errors import ConfigurationError, TicketError, UsageError
 from ..net.tuning import CLIENT_BUDGET_BYTES, KEEPALIVE_S
-from ..options import COMMAND_LINE, SOURCES, Parser, check_service, duration_s
-from ..program import main, read_secret, read_text, run_service
+from ..options import COMMAND_LINE, SOURCES, Parser, check_service
+from ..program import main, read_secret, read_text, run_service, say
 from ..protocol.aes import load
 from ..protocol.cipher import CIPHERS, IV_SIZE, KEY_SIZE
 from ..protocol.names import parse_address
@@ -54,8 +54,8 @@ A bare Fernet token does as well, together with --server, --aes-key-file and
 
 SIGTERM and SIGINT stop it: open connections get the time of --grace, unless the signal comes
 once more. SIGHUP reads settings and ticket again: open connections stay, and a tunnel with
-another ticket takes over once it is proven. Only --admin, its token and --crypto stay as they
-were. SIGUSR1 logs how it goes. Under systemd it tells that, too.
+another ticket takes over once it is proven. Only --admin, its token, --crypto and --log-format
+stay as they were. SIGUSR1 logs how it goes. Under systemd it tells that, too.
 
 exit codes (sysexits.h):
    0  stopped by SIGTERM or SIGINT, or --check found nothing wrong
@@ -64,6 +64,7 @@ exit codes (sysexits.h):
   69  the relay can't be reached or the tunnel was lost (only with --once),
       or a ticket for a single connection is used up
   70  a defect of this program, or of the relay's
+  74  standard output can't be written (--check and the commands)
   77  the relay refused the token or the key (only with --once, or three times in a
       row with --exit-on-refusal)
   78  the ticket or a setting is wrong
@@ -78,76 +79,45 @@ same fingerprint have the same token."""
 def parser() -> Parser:
     """Return the client's options."""
     options = Parser(PROGRAM, description=DESCRIPTION, epilog=EPILOG)
-    options.add_argument(
-        "--endpoint",
-        metavar="HOST:PORT",
-        default=ENDPOINT,
-        help=f"the local service: HOST:PORT, [IPV6]:PORT or unix:/PATH (default: {ENDPOINT})",
-    )
+    text = f"the local service: HOST:PORT, [IPV6]:PORT or unix:/PATH (default: {ENDPOINT})"
+    options.add("--endpoint HOST:PORT", text, ENDPOINT)
     _add_ticket(options)
-    link = options.add_argument_group("the way to the relay")
-    proxy = link.add_argument(
-        "--proxy",
-        metavar="URL",
-        default="",
-        help="go through http://[USER[:PASSWORD]@]HOST[:PORT] (CONNECT) or socks5://… (port: 1080)",
+    options.begin("the way to the relay")
+    options.add(
+        "--proxy URL",
+        "go through http://[USER[:PASSWORD]@]HOST[:PORT] (CONNECT) or socks5://… (port: 1080)",
+        "",
+        is_secret=True,
     )
-    options.hide(proxy)
-    link.add_argument("--proxy-password-file", metavar="FILE", help="instead of the URL's password")
-    link.add_argument(
-        "--keepalive",
-        metavar="TIME",
-        type=duration_s,
-        default=KEEPALIVE_S,
-        help="ask the relay for a sign of life after so long without a byte; it has 15 s to answer "
+    options.add("--proxy-password-file FILE", "instead of the URL's password")
+    options.add(
+        "--keepalive TIME",
+        "ask the relay for a sign of life after so long without a byte; it has 15 s to answer "
         "(default: 50s)",
+        KEEPALIVE_S,
     )
-    link.add_argument(
-        "--reconnect-spread",
-        metavar="TIME",
-        type=duration_s,
-        default=RECONNECT_SPREAD_S,
-        help="reconnect within this time to a relay that went away, so that not all its clients "
+    options.add(
+        "--reconnect-spread TIME",
+        "reconnect within this time to a relay that went away, so that not all its clients "
         "come at once (default: 10s)",
+        RECONNECT_SPREAD_S,
     )
-    link.add_argument(
-        "--once", action="store_true", help="make one attempt, and exit with its reason"
-    )
-    link.add_argument(
-        "--exit-on-refusal",
-        action="store_true",
-        help="exit with 77 when the relay has refused three times in a row",
-    )
-    probe = options.add_argument_group("the self-probe")
-    probe.add_argument(
-        "--probe",
-        metavar="TIME",
-        type=duration_s,
-        default=0.0,
-        help="open the own hostname from outside, as a device would, so often, like 5m: what it "
+    options.add("--once", "make one attempt, and exit with its reason")
+    text = "exit with 77 when the relay has refused three times in a row"
+    options.add("--exit-on-refusal", text)
+    options.begin("the self-probe")
+    options.add(
+        "--probe TIME",
+        "open the own hostname from outside, as a device would, so often, like 5m: what it "
         "shows must be the endpoint's certificate (default: never)",
+        0.0,
     )
-    probe.add_argument(
-        "--probe-address",
-        metavar="HOST[:PORT]",
-        default="",
-        help="where devices find the hostname (default: the hostname itself, port 443)",
-    )
-    limits = options.add_service(budget_bytes=CLIENT_BUDGET_BYTES)
-    limits.add_argument(
-        "--max-channels",
-        metavar="N",
-        type=int,
-        default=MAX_CHANNELS,
-        help=f"connections of devices at a time (default: {MAX_CHANNELS})",
-    )
-    limits.add_argument(
-        "--max-new-channels",
-        metavar="N",
-        type=int,
-        default=0,
-        help="new ones in a second (default: 0, no limit)",
-    )
+    text = "where devices find the hostname (default: the hostname itself, port 443)"
+    options.add("--probe-address HOST[:PORT]", text, "")
+    options.add_service(budget_bytes=CLIENT_BUDGET_BYTES)
+    text = f"connections of devices at a time (default: {MAX_CHANNELS})"
+    options.add("--max-channels N", text, MAX_CHANNELS)
+    options.add("--max-new-channels N", "new ones in a second (default: 0, no limit)", 0)
     options.add_common()
     return options
 
@@ -155,7 +125,7 @@ def parser() -> Parser:
 def show_parser() -> Parser:
     """Return the options of `show-ticket`."""
     options = Parser(f"{PROGRAM} show-ticket", description=SHOW_DESCRIPTION)
-    options.add_argument("--json", action="store_true", help="print JSON; times in Unix seconds")
+    options.add("--json", "print JSON; times in Unix seconds")
     _add_ticket(options)
     options.add_common()
     return options
@@ -163,18 +133,14 @@ def show_parser() -> Parser:
 
 def _add_ticket(options: Parser) -> None:
     """Add the options that give a ticket."""
-    options.add_argument(
-        "--token", metavar="TICKET", is_secret=True, help="the ticket itself, or -"
-    )
-    options.add_argument("--token-file", metavar="FILE", help="a file with the ticket, or -")
-    options.add_argument(
-        "--server", metavar="HOST[:PORT]", help="the relay, instead of the ticket's (port: 443)"
-    )
-    bare = options.add_argument_group("with a bare Fernet token")
-    bare.add_argument("--aes-key-file", metavar="FILE", help="32 bytes in hex")
-    bare.add_argument("--aes-iv-file", metavar="FILE", help="16 bytes in hex")
-    bare.add_argument("--protocol-version", metavar="N", type=int, choices=(0, 1, 2))
-    bare.add_argument("--cipher", choices=CIPHERS, metavar="NAME", help=", ".join(CIPHERS))
+    options.add("--token TICKET", "the ticket itself, or -", is_secret=True)
+    options.add("--token-file FILE", "a file with the ticket, or -")
+    options.add("--server HOST[:PORT]", "the relay, instead of the ticket's (port: 443)")
+    options.begin("with a bare Fernet token")
+    options.add("--aes-key-file FILE", "32 bytes in hex")
+    options.add("--aes-iv-file FILE", "16 bytes in hex")
+    options.add("--protocol-version N", "0, 1 or 2", choices=(0, 1, 2))
+    options.add("--cipher NAME", ", ".join(CIPHERS), choices=CIPHERS)
 
 
 def find_ticket(options: Options) -> Ticket:
@@ -272,30 +238,27 @@ def show_ticket(ticket: Ticket, crypto: str) -> dict[str, str | float | None]:
     }
 
 
-def _time(seconds: float, now: float, over: str = "") -> str:
-    """Return a time and how far away it is, in one unit; `over` says what then is over."""
-    away_s = abs(seconds - now)
-    unit, size_s = "s", 1
-    for name, least_s in (("min", 60), ("h", 3600), ("days", 86400)):
-        if away_s >= 2 * least_s:
-            unit, size_s = name, least_s
-    away = f"{away_s / size_s:.0f} {unit}"
-    return f"{utc(seconds)} UTC ({f'in {away}' if seconds > now else f'{over}{away} ago'})"
-
-
 def _run_show_ticket(arguments: Sequence[str]) -> None:
     with show_parser().read(arguments) as options:
         fields = show_ticket(find_ticket(options), options.crypto)
         if options.json:
             import json  # noqa: PLC0415
 
-            print(json.dumps(fields))
+            say(json.dumps(fields))
             return
         now = time.time()
         for name, value in fields.items():
             if name in ("valid", "token_created") and isinstance(value, (int, float)):
                 value = _time(value, now, "expired " if name == "valid" else "")
-            print(f"{name.replace('_', ' ')}: {'none' if value is None else value}")
+            say(f"{name.replace('_', ' ')}: {'none' if value is None else value}")
+
+
+def _time(seconds: float, now: float, over: str = "") -> str:
+    """Return a time and how far away it is; `over` says what then is over."""
+    from ..status_command import span  # noqa: PLC0415
+
+    away = span(abs(seconds - now))
+    return f"{utc(seconds)} UTC ({f'in {away}' if seconds > now else f'{over}{away} ago'})"
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from argparse import ArgumentTypeError
 
 from ..errors import UsageError
 from ..options import SOURCES, Parser, duration_s
-from ..program import main, read_fernet_keys
+from ..program import main, read_fernet_keys, say
 from ..protocol.aes import load
 from ..protocol.cipher import CIPHERS, IV_SIZE, KEY_SIZE
 from ..protocol.names import is_hostname, normal_hostname, parse_address, shown
@@ -65,42 +65,22 @@ def parser() -> Parser:
     ticket = commands.add_parser(
         "ticket", help="print a ticket for a client", description=TICKET_DESCRIPTION
     )
-    ticket.add_argument(
-        "--fernet-key-file", metavar="FILE", required=True, help="the relay's keys; the first signs"
-    )
-    ticket.add_argument(
-        "--hostname", metavar="NAME", required=True, help="the name that leads to the client"
-    )
-    ticket.add_argument(
-        "--server", metavar="HOST[:PORT]", required=True, help="where the client finds the relay"
-    )
-    ticket.add_argument(
-        "--alias", metavar="NAME", action="append", default=[], help="one more name; repeatable"
-    )
-    ticket.add_argument(
-        "--valid-for",
-        metavar="TIME",
-        type=_valid_for_s,
-        default="30d",
-        help="like 90s, 12h, 30d, 8w (default: 30d)",
-    )
-    ticket.add_argument(
-        "--protocol-version", metavar="N", type=int, choices=(0, 1, 2), default=2, help="default: 2"
-    )
-    ticket.add_argument(
-        "--cipher",
-        metavar="NAME",
-        choices=CIPHERS,
-        default="aes-cbc",
-        help=f"{', '.join(CIPHERS)} (default: aes-cbc)",
-    )
-    ticket.add_argument(
+    text = "the relay's keys; the first signs"
+    ticket.add("--fernet-key-file FILE", text, is_required=True)
+    ticket.add("--hostname NAME", "the name that leads to the client", is_required=True)
+    ticket.add("--server HOST[:PORT]", "where the client finds the relay", is_required=True)
+    ticket.add("--alias NAME", "one more name; repeatable", [], action="append")
+    text = "like 90s, 12h, 30d, 8w (default: 30d)"
+    ticket.add("--valid-for TIME", text, "30d", type=_valid_for_s)
+    ticket.add("--protocol-version N", "default: 2", 2, choices=(0, 1, 2))
+    text = f"{', '.join(CIPHERS)} (default: aes-cbc)"
+    ticket.add("--cipher NAME", text, "aes-cbc", choices=CIPHERS)
+    ticket.add(
         "--single-use",
-        action="store_true",
-        help="for aes-gcm, whose key must never serve a second connection: the client exits "
+        "for aes-gcm, whose key must never serve a second connection: the client exits "
         "when its tunnel ends",
     )
-    ticket.add_argument("--json", action="store_true", help="print JSON instead of the line")
+    ticket.add("--json", "print JSON instead of the line")
     ticket.add_common()
     return options
 
@@ -134,11 +114,8 @@ def make_ticket(options: Options, now: float) -> Ticket:
             f"and relays take at most {MAX_TEXT}"
         )
     if len(token) > PUBLISHED_MAX_TEXT:
-        log.warning(
-            "the token has %d characters; relays of other makes take at most %d",
-            len(token),
-            PUBLISHED_MAX_TEXT,
-        )
+        text = "the token has %d characters; relays of other makes take at most %d"
+        log.warning(text, len(token), PUBLISHED_MAX_TEXT)
     return Ticket(
         server=options.server,
         token=token,
@@ -175,10 +152,10 @@ def run(arguments: Sequence[str]) -> None:
     """Print what the arguments ask for. Raises SniTunError."""
     with parser().read(arguments) as options:
         if options.command == "new-key":
-            print(new_fernet_key(os.urandom))
+            say(new_fernet_key(os.urandom))
             return
         ticket = make_ticket(options, time.time())
-        print(ticket.to_json() if options.json else ticket.to_line())
+        say(ticket.to_json() if options.json else ticket.to_line())
 
 
 def console() -> int:

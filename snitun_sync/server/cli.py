@@ -40,30 +40,24 @@ exit codes (sysexits.h):
   66  a file can't be read
   69  an address can't be listened on
   70  a defect of this program
+  74  standard output can't be written (--check and status)
   78  a setting is wrong"""
 
 
 def parser() -> Parser:
     """Return the relay's options."""
     options = Parser(PROGRAM, description=DESCRIPTION, epilog=EPILOG)
-    options.add_argument(
-        "--fernet-key-file", metavar="FILE", required=True, help="the keys that sign tokens, or -"
-    )
-    options.add_argument(
-        "--listen",
-        metavar="HOST:PORT",
-        action="append",
-        default=("*:443",),
-        help="where devices and clients connect; repeatable; *:PORT for all addresses, IPv4 and "
+    text = "the keys that sign tokens, or -"
+    options.add("--fernet-key-file FILE", text, is_required=True)
+    options.add(
+        "--listen HOST:PORT",
+        "where devices and clients connect; repeatable; *:PORT for all addresses, IPv4 and "
         "IPv6 (default: *:443)",
-    )
-    options.add_argument(
-        "--peer-listen",
-        metavar="HOST:PORT",
+        ("*:443",),
         action="append",
-        default=(),
-        help="where clients connect; --listen is for devices alone then; repeatable",
     )
+    text = "where clients connect; --listen is for devices alone then; repeatable"
+    options.add("--peer-listen HOST:PORT", text, (), action="append")
     options.add_service(budget_bytes=RELAY_BUDGET_BYTES)
     options.add_common()
     return options
