@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,9 +26,11 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("project", deadline=None)
     hypothesis.settings.load_profile("project")
     for name in tuple(os.environ):
-        is_ours = name.startswith("SNITUN_") and name != "SNITUN_PEERS"
-        if is_ours or name in ("JOURNAL_STREAM", "NOTIFY_SOCKET", "CREDENTIALS_DIRECTORY"):
+        ours = ("JOURNAL_STREAM", "NOTIFY_SOCKET", "CREDENTIALS_DIRECTORY")
+        if name.startswith("SNITUN_") or name in ours:
             del os.environ[name]
+    # Where it is ignored, as in the background of a script, all that is started ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     crypto = config.getoption("--crypto")
     if crypto:
         os.environ["SNITUN_CRYPTO"] = crypto

@@ -33,7 +33,7 @@ speed hits all alike: trust the ratios and the CPU figures, not the absolute tim
 figure is of processes just started. CPU and memory are the kernel's own figures.
 
 Linux only. Makes an environment of its own in .venv, and others for the published releases
-of snitun in .cache/snitun-peers ($SNITUN_PEERS). As root, it installs the Debian packages
+of snitun in .cache/snitun-peers ($PUBLISHED_PEERS). As root, it installs the Debian packages
 of other systems that are missing. What can't be had is skipped, with a line that says so;
 with CI=true that is an error.
 """

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PEER = PROJECT / "tests" / "interop" / "snitun_peer.py"
 LOAD = PROJECT / "tools" / "load.py"
-PEERS = Path(os.environ.get("SNITUN_PEERS") or PROJECT / ".cache" / "snitun-peers")
+PEERS = Path(os.environ.get("PUBLISHED_PEERS") or PROJECT / ".cache" / "snitun-peers")
 # Release → the Pythons that it runs on, and the protocol version that it is measured with.
 RELEASES: dict[str, tuple[tuple[str, ...], int | None]] = {
     "0.47.0": (("3.13", "3.14"), 2),

@@ -15,7 +15,7 @@ from tests.support import PROJECT, Credentials, Endpoint, Program, free_port
 from tools import environment
 
 PEER = Path(__file__).with_name("snitun_peer.py")
-FOLDER = Path(os.environ.get("SNITUN_PEERS") or PROJECT / ".cache" / "snitun-peers")
+FOLDER = Path(os.environ.get("PUBLISHED_PEERS") or PROJECT / ".cache" / "snitun-peers")
 # Release → the Python that it runs on.
 RELEASES = {"0.39.1": "3.11", "0.40.0": "3.11", "0.47.0": "3.13"}
 NEWEST = "0.47.0"
