@@ -149,7 +149,8 @@ class Parser(argparse.ArgumentParser):
         options.update(description=description, epilog=epilog)
         super().__init__(prog, formatter_class=_help, allow_abbrev=False, **options)
         self._section = prog.partition(" ")[0].rpartition("-")[2]
-        self._group: argparse._ActionsContainer = self
+        # None, not `self`: a cycle would keep the parser until the collector comes.
+        self._group: argparse._ArgumentGroup | None = None
         self._secrets: set[str] = set()  # attributes
         self._required: list[str] = []
         self._is_again = False
@@ -158,7 +159,7 @@ class Parser(argparse.ArgumentParser):
 
     def begin(self, title: str) -> None:
         """Begin the group of options that --help has below `title`; "" ends the last one."""
-        self._group = self.add_argument_group(title) if title else self
+        self._group = self.add_argument_group(title) if title else None
 
     def add(
         self,
@@ -180,7 +181,7 @@ class Parser(argparse.ArgumentParser):
             more = {"metavar": word, "type": TYPES.get(word), "default": default, **more}
         else:
             more["action"] = "store_true"
-        attribute = self._group.add_argument(name, help=text, **more).dest
+        attribute = (self._group or self).add_argument(name, help=text, **more).dest
         if is_secret:
             self._secrets.add(attribute)
         if is_required:
@@ -423,9 +424,8 @@ def _unknown_variables() -> Iterator[str]:
 def _meant(name: str, known: Collection[str]) -> str:
     """Return the end of a message: which of the known names may be meant."""
     nearest = _nearest(name, known)
-    if nearest:
-        return f"; did you mean {nearest}?"
-    return f"; expected one of {', '.join(sorted(known))}"
+    expected = f"; expected one of {', '.join(sorted(known))}"
+    return f"; did you mean {nearest}?" if nearest else expected
 
 
 def _nearest(name: str, known: Collection[str]) -> str:

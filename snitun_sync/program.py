@@ -42,15 +42,14 @@ EXIT_IO = 74
 EXIT_REFUSED = 77
 EXIT_CONFIGURATION = 78
 
-_EXIT_CODES: tuple[tuple[type[SniTunError], int], ...] = (
+# The first that fits.
+_EXIT_CODES = (
     (UnreadableError, EXIT_UNREADABLE),
     (UsageError, EXIT_USAGE),
     (ConfigurationError, EXIT_CONFIGURATION),
-    (RefusedError, EXIT_REFUSED),
-    (AuthenticationError, EXIT_REFUSED),
+    ((RefusedError, AuthenticationError), EXIT_REFUSED),
     (NotReadyError, EXIT_NOT_READY),
-    (LinkError, EXIT_UNAVAILABLE),
-    (ListenError, EXIT_UNAVAILABLE),
+    ((LinkError, ListenError), EXIT_UNAVAILABLE),
 )
 
 MAX_SECRET_BYTES = 65536

@@ -83,6 +83,7 @@ def report(client: Client) -> dict[str, Any]:
 
 def _tunnel(tunnel: Tunnel, now: float) -> dict[str, Any]:
     assert tunnel.proven_at is not None
+    round_trip_s = tunnel.round_trip_s
     local = remote = None
     if tunnel.sock is not None:
         try:
@@ -93,31 +94,21 @@ def _tunnel(tunnel: Tunnel, now: float) -> dict[str, Any]:
     return {
         "proven_for_s": round(now - tunnel.proven_at, 1),
         "silent_for_s": round(now - tunnel.received_at, 1),
-        "round_trip_ms": _milliseconds(tunnel.round_trip_s),
+        "round_trip_ms": None if round_trip_s is None else round(round_trip_s * 1000, 2),
         "local_address": local,
         "relay_address": remote,
     }
 
 
-def _milliseconds(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds * 1000, 2)
-
-
 def metrics(client: Client) -> list[Family]:
     """Return what /metrics shows."""
-    now, ticket, tunnel, probe = (
-        client.loop.now,
-        client.settings.ticket,
-        client._serving,
-        client.probe,
-    )
+    now, ticket = client.loop.now, client.settings.ticket
+    tunnel, probe = client._serving, client.probe
     is_doubtful = bool(clock_doubt(ticket, was_accepted=tunnel is not None))
     found = [
         *families(client, PREFIX, "the endpoint"),
         counter(f"{PREFIX}_attempts", "Connections to the relay that were tried.", client.attempts),
-        counter(
-            f"{PREFIX}_tunnels_proven", "Tunnels on which the relay proved itself.", client.proven
-        ),
+        counter(f"{PREFIX}_tunnels_proven", "Tunnels that were proven.", client.proven),
         counters(
             f"{PREFIX}_failures",
             "Attempts and tunnels that failed, by reason.",

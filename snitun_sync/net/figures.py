@@ -84,13 +84,11 @@ def families(service: Service, prefix: str, far: str) -> list[Family]:
     bridges = service.bridges
     received, sent = bridges.carried_bytes()
     carried = f"Payload of all channels, from the tunnel to {far} (received) and back (sent)."
+    directions = {"received": received, "sent": sent}
+    is_ready, started = not service.ready(), service.started
     return [
         (f"{prefix}_build", "info", "", "The release.", [({"version": __version__}, 1)]),
-        gauge(
-            f"{prefix}_ready",
-            "Whether devices are served, as far as this side can know.",
-            not service.ready(),
-        ),
+        gauge(f"{prefix}_ready", "Whether devices are served, as far as is known here.", is_ready),
         gauge(f"{prefix}_channels", "Channels that are open.", len(bridges.all)),
         counter(f"{prefix}_channels_opened", "Connections of devices.", bridges.opened),
         counter(
@@ -98,22 +96,11 @@ def families(service: Service, prefix: str, far: str) -> list[Family]:
             "Channels that were cut, by an error, a limit or the end of their tunnel.",
             bridges.aborted,
         ),
-        counters(
-            f"{prefix}_channel_bytes",
-            carried,
-            "direction",
-            {"received": received, "sent": sent},
-            "bytes",
-        ),
+        counters(f"{prefix}_channel_bytes", carried, "direction", directions, "bytes"),
         gauge(f"{prefix}_held_bytes", "Payload that waits.", bridges.held_bytes, "bytes"),
         gauge(f"{prefix}_budget_bytes", "How much may wait.", bridges.limit_bytes, "bytes"),
         gauge("process_resident_memory_bytes", "Resident memory.", resident_bytes(), "bytes"),
-        gauge(
-            "process_start_time_seconds",
-            "Start of the process, UTC Unix seconds.",
-            service.started,
-            "seconds",
-        ),
+        gauge("process_start_time_seconds", "Start, UTC Unix seconds.", started, "seconds"),
         gauge("process_open_fds", "Descriptors that are open.", open_descriptors()),
     ]
 
