@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -131,6 +132,8 @@ def test_an_address_that_comes_and_one_that_goes(watching: Watching, address: st
 @pytest.mark.parametrize("address", ["192.0.2.1/24", "2001:db8::1/64"])
 def test_an_address_that_lives_longer_is_no_change(namespace: None, address: str) -> None:
     ip(f"addr add {address} dev lo")  # before the watch begins
+    wait_until(lambda: "tentative" not in ip("addr show lo"))
+    time.sleep(0.2)  # the kernel tells that, of IPv6, a moment later
     watching = Watching()
     try:
         for life_s in (100, 100, 200):
