@@ -262,8 +262,9 @@ def test_two_clients_with_one_ticket_get_rarer(
     span_s, spans = (60, 5) if request.config.getoption("--long") else (12, 3)
     server, port = relay(credentials)
     credentials.at(f"127.0.0.1:{port}")
-    with server, client(credentials, endpoint.address) as one:
-        with client(credentials, endpoint.address) as two:
+    spread = ("--reconnect-spread", "1s")  # from there on, delays double
+    with server, client(credentials, endpoint.address, *spread) as one:
+        with client(credentials, endpoint.address, *spread) as two:
             programs, counts = (server, one, two), []
             used = [cpu_s(program) for program in programs]
             for _ in range(spans):
