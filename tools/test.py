@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools import environment
 from tools.environment import PROJECT
 
-# With published releases and other people's programs, and under load: one after the other.
+# With published releases and other people's programs, and under load: two files at a time.
 REST = ("tests/interop", "tests/test_real_users.py", "tests/test_load.py", "tests/test_bench.py")
 # Whole programs for a while, in networks of their own and under systemd; once is enough.
 WHOLE = tuple(
@@ -30,6 +30,8 @@ WHOLE = tuple(
 )
 # The package itself. Its tests mostly wait, so several run at once.
 CORE = ("-n", "4", "tests", *(f"--ignore={path}" for path in (*REST, *WHOLE)))
+# Those in which it matters which package encrypts.
+CRYPTO = ("-n", "4", *(f"tests/{name}" for name in ("protocol", "net", "client", "server")))
 OTHER_PYTHONS: tuple[tuple[str, tuple[str, ...]], ...] = (("3.9", ()), ("3.13", ("-OO",)))
 CACHE = PROJECT / ".cache"
 
@@ -100,8 +102,9 @@ def main() -> int:
     if options.quick:
         return steps.report()
     steps.run("tests of faults, signals and systemd", *pytest, "-n", "3", *WHOLE)
-    steps.run("tests with other programs, and under load", *pytest, *REST)
-    steps.run("tests of the package, cryptography", *pytest, "--crypto=cryptography", *CORE)
+    two = ("-n", "2", "--dist", "loadfile")
+    steps.run("tests with other programs, and under load", *pytest, *two, *REST)
+    steps.run("tests with cryptography", *pytest, "--crypto=cryptography", *CRYPTO)
     other_pythons(steps)
     return steps.report()
 
