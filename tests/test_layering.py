@@ -139,8 +139,8 @@ def test_what_an_import_brings_into_memory(module: str, absent: set[str]) -> Non
 
 def test_firmware_may_take_a_part(tmp_path: Path) -> None:
     """The client runs without relay and session master, as README says."""
-    files = [f"{name}.py" for name in ("__init__", "errors", "logs", "options", "program")]
-    for name in (*files, "protocol", "net", "client"):
+    names = ("__init__", "errors", "logs", "options", "program", "status_command")
+    for name in (*(f"{name}.py" for name in names), "protocol", "net", "client"):
         source, target = PACKAGE / name, tmp_path / "snitun_sync" / name
         if source.is_dir():
             shutil.copytree(source, target)
