@@ -886,7 +886,7 @@ def main() -> int:
     )
     parser.add_argument("--trace", action="store_true", help="say whose memory grew in the client")
     options = parser.parse_args()
-    environment.enter("requirements.txt")
+    environment.enter("requirements.txt", "tests/requirements.txt")
     begin = time.monotonic()
 
     def say(text: str) -> None:

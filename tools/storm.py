@@ -420,7 +420,7 @@ def main() -> int:
     )
     parser.add_argument("--runs", metavar="N", type=int, default=1, help="of each (default: 1)")
     options = parser.parse_args()
-    environment.enter("requirements.txt")
+    environment.enter("requirements.txt", "tests/requirements.txt")
     from snitun_sync.options import duration_s
 
     begin = time.monotonic()
