@@ -140,7 +140,9 @@ class Endpoint:
             if command == "EARLY":
                 # Close, as servers do that refuse an upload: with the device's data unread,
                 # which is a reset. (First let the answer leave this kernel's send buffer.)
-                wait_until(lambda: not unacknowledged_bytes(sock))
+                deadline = time.monotonic() + WAIT_S
+                while unacknowledged_bytes(sock) and time.monotonic() < deadline:
+                    time.sleep(0.005)
                 return
             sock.shutdown(socket.SHUT_WR)
             while sock.recv(65536):
