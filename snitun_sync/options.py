@@ -49,7 +49,6 @@ Each option can also stand in the environment (--log-level is $SNITUN_LOG_LEVEL)
 INI file of --config, as `log-level = debug` in [client], [server] or [master]. The command
 line goes before the environment, and that before the file."""
 GRACE_S = 10.0
-CHANNEL_IDLE_S = 3600.0  # as net/tuning.py has it, which not all programs have
 CONFIG = "config"
 CHECK = "check"  # on the command line only
 YES, NO = ("yes", "true", "on", "1"), ("no", "false", "off", "0")
@@ -187,7 +186,7 @@ class Parser(argparse.ArgumentParser):
         if is_required:
             self._required.append(attribute)
 
-    def add_service(self, *, budget_bytes: int) -> None:
+    def add_service(self, *, budget_bytes: int, channel_idle_s: float) -> None:
         """Add the options of programs that have tunnels; the group of limits stays open."""
         self.begin("running")
         self.add(
@@ -211,7 +210,7 @@ class Parser(argparse.ArgumentParser):
         text = f"how much may be held for slow devices and services, like 8M (default: {default})"
         self.add("--budget SIZE", text, budget_bytes)
         text = "close a connection on which nothing moves for so long (default: 1h)"
-        self.add("--channel-idle TIME", text, CHANNEL_IDLE_S)
+        self.add("--channel-idle TIME", text, channel_idle_s)
 
     def add_common(self) -> None:
         """Add the options that all programs have."""

@@ -44,7 +44,7 @@ def parser() -> Parser:
     options.add_argument("--once", action="store_true")
     options.add_argument("--fernet-key-file")
     options.add_argument("--peer-listen", type=duration_s, default="1m")
-    options.add_service(budget_bytes=2**23)
+    options.add_service(budget_bytes=2**23, channel_idle_s=3600)
     options.add_common()
     return options
 

@@ -8,7 +8,7 @@ import sys
 import time
 
 from ..errors import ConfigurationError, TicketError, UsageError
-from ..net.tuning import CLIENT_BUDGET_BYTES, KEEPALIVE_S
+from ..net.tuning import CHANNEL_IDLE_S, CLIENT_BUDGET_BYTES, KEEPALIVE_S
 from ..options import COMMAND_LINE, SOURCES, Parser, check_service
 from ..program import main, read_secret, read_text, run_service, say
 from ..protocol.aes import load
@@ -114,7 +114,7 @@ def parser() -> Parser:
     )
     text = "where devices find the hostname (default: the hostname itself, port 443)"
     options.add("--probe-address HOST[:PORT]", text, "")
-    options.add_service(budget_bytes=CLIENT_BUDGET_BYTES)
+    options.add_service(budget_bytes=CLIENT_BUDGET_BYTES, channel_idle_s=CHANNEL_IDLE_S)
     text = f"connections of devices at a time (default: {MAX_CHANNELS})"
     options.add("--max-channels N", text, MAX_CHANNELS)
     options.add("--max-new-channels N", "new ones in a second (default: 0, no limit)", 0)

@@ -120,8 +120,8 @@ class Client(Service):
         self._up = threading.Event()
         self._is_closed = False
         self._state = ClientState.CONNECTING
-        self.state_since = self.started = time.time()
-        """UTC, Unix seconds, of the last change of `state`, and of the start."""
+        self.state_since = self.started
+        """UTC, Unix seconds, of the last change of `state`."""
         self.history = History()
         self.attempts = self.proven = 0
         """How many connections were tried in all, and how many tunnels were proven."""
@@ -143,10 +143,7 @@ class Client(Service):
         _new_cipher(settings.ticket, self.aes)
         if settings.congestion_control:
             check_congestion_control(settings.congestion_control)
-        if threading.get_ident() == self._ident:
-            self._reconfigure(settings)  # whoever says then that they count is right
-        else:
-            self.loop.call_soon_threadsafe(self._reconfigure, settings)
+        self._on_loop(self._reconfigure, settings)
 
     @property
     def tunnel(self) -> Tunnel | None:
@@ -324,9 +321,9 @@ class Client(Service):
             if self._is_spent or self.loop.now <= self._dialed_at + hangs_s:
                 return
             self._drop_attempt()
-            self._retry_in(FIRST_S * _random())
-        elif self.retry_at > self.loop.now + FIRST_S:
-            self._retry_in(FIRST_S * _random())
+        elif self.retry_at <= self.loop.now + FIRST_S:
+            return
+        self._retry_in(FIRST_S * _random())
         self._note_change()
 
     # --- what the tunnel tells its owner -----------------------------------------------
@@ -345,7 +342,7 @@ class Client(Service):
         )
         former, self._serving, self._opening = self._serving, tunnel, None
         if former is not None:
-            self._retire(former, self.loop.now + RETIRED_S)
+            self._retire_later(former, self.loop.now + RETIRED_S)
         self.proven += 1
         self.history.say_next()
         held, self._held = self._held, []
@@ -356,47 +353,50 @@ class Client(Service):
         self._up.set()
         self._note_change()
 
-    def _retire(self, tunnel: Tunnel, deadline: float) -> None:
+    def _retire_later(self, tunnel: Tunnel, deadline: float) -> None:
         """Let the channels of a tunnel end whose place was taken; the relay may end it first."""
+        self.loop.call_later(RETIRED_CHECK_S, partial(self._retire, tunnel, deadline))
+
+    def _retire(self, tunnel: Tunnel, deadline: float) -> None:
         if tunnel.state is not TunnelState.UP:
             return
-        if self.loop.now >= deadline or (
-            not tunnel.mux.channels and self.loop.now > deadline - RETIRED_S
-        ):
-            tunnel.finish(LostError("another tunnel has taken its place"))
+        if tunnel.mux.channels and self.loop.now < deadline:
+            self._retire_later(tunnel, deadline)
         else:
-            self.loop.call_later(RETIRED_CHECK_S, partial(self._retire, tunnel, deadline))
+            tunnel.finish(LostError("another tunnel has taken its place"))
 
     def tunnel_ended(self, tunnel: Tunnel, error: SniTunError) -> None:
         """Say why, and try again."""
         self.tunnels.discard(tunnel)
-        proven_s = None if tunnel.proven_at is None else self.loop.now - tunnel.proven_at
+        is_former = tunnel is not self._serving
+        if not is_former:
+            self._serving = None
+            self._up.clear()
+            # By our own successor, whose proof is on its way? Published relays don't say so.
+            is_former = self._is_followed and not isinstance(error, DeadLinkError)
         if tunnel is self._opening:
             self._opening = None
             self._held.clear()
             if not self._is_stopping:
                 self._failed(error)
-        elif tunnel is not self._serving:
-            if proven_s is not None:
+        elif tunnel.proven_at is not None:
+            proven_s = self.loop.now - tunnel.proven_at
+            if is_former:
                 log.info("the former tunnel ended after %.0f s: %s", proven_s, error)
-        elif self._is_followed and not isinstance(error, DeadLinkError):
-            # By our own successor, whose proof is on its way. Published relays don't say so.
-            self._serving = None
-            self._up.clear()
-            log.info("the former tunnel ended after %.0f s: %s", proven_s, error)
-        else:
-            self._serving = None
-            self._up.clear()
-            assert proven_s is not None
-            if self._is_stopping or self._is_draining:
-                log.info("tunnel ended after %.0f s: %s", proven_s, error)
-            elif not self._is_dialing and self._opening is None and self._retry_timer is None:
-                self._failed(error, proven_s)
-            else:  # another one is on its way already
-                self.history.add(error, proven_s)
-                log.warning("%s", error)
-            self._note_change()
+            else:
+                self._lost(error, proven_s)
         self.tunnel_closed()
+
+    def _lost(self, error: SniTunError, proven_s: float) -> None:
+        """The tunnel that served is over."""
+        if self._is_stopping or self._is_draining:
+            log.info("tunnel ended after %.0f s: %s", proven_s, error)
+        elif not self._is_dialing and self._opening is None and self._retry_timer is None:
+            self._failed(error, proven_s)
+        else:  # another one is on its way already
+            self.history.add(error, proven_s)
+            log.warning("%s", error)
+        self._note_change()
 
     def channel_opened(self, tunnel: Tunnel, channel: Channel, address: bytes) -> None:
         """A device has come: connect to the endpoint, once the relay is proven."""

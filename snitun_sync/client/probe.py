@@ -69,7 +69,7 @@ class Probe:
 
     def doubt(self) -> str:
         """Return why it isn't sure that devices get through; "" if it is."""
-        since_s = time.monotonic() - self._begun_at
+        since_s = self._client.loop.now - self._begun_at
         if self._is_running and since_s > OVERDUE_S:
             return f"self-probe: under way for {since_s:.0f} s"
         return "self-probe: not done yet" if self.checked_at is None else self.failure
@@ -104,7 +104,7 @@ class Probe:
         hostname = settings.ticket.hostname
         public = settings.probe_address or Address(hostname, PROBE_PORT)
         job = partial(_blocking_probe, hostname, public, settings.endpoint, settings.proxy)
-        self._begun_at = time.monotonic()
+        self._begun_at = client.loop.now
         self._is_running = self._workers.submit(job, self._done)
         if not self._is_running:
             self._schedule(AGAIN_S)
@@ -118,7 +118,7 @@ class Probe:
             if self._timer is None:
                 self._start()
             return
-        self.took_s = time.monotonic() - self._begun_at
+        self.took_s = self._client.loop.now - self._begun_at
         client, before = self._client, self.failure
         failure, is_local = found or (reason(error), True)
         self.failure = failure and f"self-probe: {failure}"

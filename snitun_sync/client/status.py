@@ -39,17 +39,12 @@ def clock_doubt(ticket: Ticket, *, was_accepted: bool) -> str:
 def report(client: Client) -> dict[str, Any]:
     """Return what /status shows."""
     settings, ticket, now = client.settings, client.settings.ticket, client.loop.now
-    reason = client.ready()
     tunnel = client._serving
     retry_in_s = round(client.retry_at - now, 1) if client.retry_at else None
     return {
-        "program": "snitun-client",
+        **figures(client, "snitun-client"),
         "state": client.state.value,
         "since": utc_text(client.state_since),
-        "is_ready": not reason,
-        "reason": reason or None,
-        "summary": client.summary(),
-        **figures(client),
         "hostname": ticket.hostname or None,
         "relay": str(settings.server),
         "proxy": str(settings.proxy) if settings.proxy is not None else None,

@@ -7,11 +7,10 @@ shaken hands before `connect` returns. Then nothing needs to be watched, and no 
 from __future__ import annotations
 
 import errno
-import os
 import socket
 
 from .loop import WRITE, Handler
-from .sockets import tune
+from .sockets import os_error, tune
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ class Connecting(Handler):
                 self.sock = socket.socket(family, socket.SOCK_STREAM | _NON_BLOCKING)
                 tune(self.sock, is_remote=_is_remote(place), is_blocking=not _NON_BLOCKING)
                 code = self.sock.connect_ex(place)
-                error = OSError(code, os.strerror(code))
+                error = os_error(code)
                 if code == errno.EINPROGRESS and _is_connected(self.sock):
                     code = 0
             except OSError as failure:
@@ -107,7 +106,7 @@ class Connecting(Handler):
     def _failed(self, code: int) -> None:
         self._free()
         self._left.pop(0)
-        self._next(OSError(code, os.strerror(code)))
+        self._next(os_error(code))
 
     def fail(self, error: Exception) -> None:
         self.close()

@@ -7,13 +7,12 @@ is a black hole, as broken IPv6 is, the others needn't wait for its end.
 from __future__ import annotations
 
 import errno
-import os
 import select
 import socket
 import time
 from itertools import zip_longest
 
-from .sockets import blocking_resolve, tune
+from .sockets import blocking_resolve, os_error, tune
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,14 +71,14 @@ def _blocking_race(address: Address, timeout_s: float) -> tuple[socket.socket, f
                 racing[sock.fileno()] = sock
                 poller.register(sock, select.POLLOUT)
             elif not left and now >= deadline:
-                errors += [OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))] * len(racing)
+                errors += [os_error(errno.ETIMEDOUT)] * len(racing)
                 break
             wait_s = (next_at if left else deadline) - now
             for fd, _ in poller.poll(max(0.0, wait_s * 1000)):
                 code = racing[fd].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if code == 0:
                     return racing.pop(fd), deadline
-                errors.append(OSError(code, os.strerror(code)))
+                errors.append(os_error(code))
                 next_at = now
                 poller.unregister(fd)
                 racing.pop(fd).close()
@@ -102,7 +101,7 @@ def _start(family: int, place: object) -> socket.socket:
         code = sock.connect_ex(place)  # type: ignore[arg-type]
         if code in (0, errno.EINPROGRESS):
             return sock
-        raise OSError(code, os.strerror(code))
+        raise os_error(code)
     except BaseException:
         sock.close()
         raise

@@ -40,12 +40,16 @@ def channel_figures(bridge: Bridge, now: float) -> dict[str, Any]:
     }
 
 
-def figures(service: Service) -> dict[str, Any]:
-    """Return the part of /status that every service has."""
-    bridges = service.bridges
+def figures(service: Service, program: str) -> dict[str, Any]:
+    """Return the part of /status that every service has; `program` is its name."""
+    bridges, reason = service.bridges, service.ready()
     received, sent = bridges.carried_bytes()
     oldest = sorted(bridges.all, key=lambda bridge: bridge.opened_at)[:CHANNELS_LISTED]
     return {
+        "program": program,
+        "is_ready": not reason,
+        "reason": reason or None,
+        "summary": service.summary(),
         "version": __version__,
         "started": utc_text(service.started),
         "channels": {

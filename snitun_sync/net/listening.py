@@ -9,7 +9,7 @@ import socket
 import stat
 
 from .loop import READ, Handler
-from .sockets import set_congestion_control, tune
+from .sockets import os_error, set_congestion_control, tune
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -158,5 +158,5 @@ def _remove_stale(path: str) -> None:
     if code in (0, errno.EAGAIN):  # EAGAIN: its queue is full
         raise OSError("another program listens on it already")
     if code != errno.ECONNREFUSED:
-        raise OSError(code, os.strerror(code))
+        raise os_error(code)
     os.unlink(path)

@@ -199,6 +199,13 @@ class Service:
 
     # --- for subclasses ------------------------------------------------------------
 
+    def _on_loop(self, callback: Callable[..., object], *args: Any) -> None:
+        """Call `callback(*args)` at once on the loop's own thread, soon from any other."""
+        if threading.get_ident() == self._ident:
+            callback(*args)
+        else:
+            self.loop.call_soon_threadsafe(callback, *args)
+
     def _open(self) -> None:
         """Open what can fail at once; on the caller's thread."""
 

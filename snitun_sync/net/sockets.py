@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import socket
 import sys
 import termios
@@ -69,6 +70,11 @@ def limit_unacknowledged(sock: socket.socket, seconds: float) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, option, int(seconds * 1000))
         except OSError:
             pass  # the tunnel has time limits of its own
+
+
+def os_error(code: int) -> OSError:
+    """Return the system's error number `code` with its text."""
+    return OSError(code, os.strerror(code))
 
 
 def check_congestion_control(name: str) -> None:

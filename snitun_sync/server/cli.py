@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ..net.tuning import RELAY_BUDGET_BYTES
+from ..net.tuning import CHANNEL_IDLE_S, RELAY_BUDGET_BYTES
 from ..options import SOURCES, Parser, check_service
 from ..program import main, read_fernet_keys, read_secret, run_service
 from .server import Server
@@ -58,7 +58,7 @@ def parser() -> Parser:
     )
     text = "where clients connect; --listen is for devices alone then; repeatable"
     options.add("--peer-listen HOST:PORT", text, (), action="append")
-    options.add_service(budget_bytes=RELAY_BUDGET_BYTES)
+    options.add_service(budget_bytes=RELAY_BUDGET_BYTES, channel_idle_s=CHANNEL_IDLE_S)
     options.add_common()
     return options
 

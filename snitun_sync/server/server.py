@@ -9,7 +9,6 @@ import errno
 import hashlib
 import logging
 import os
-import threading
 import time
 from functools import partial
 
@@ -129,10 +128,7 @@ class Server(Service):
         check_fernet_keys(fernet_keys)
         fernet = Fernet(fernet_keys, self.aes)
         idle_s = channel_idle(channel_idle_s)
-        if threading.get_ident() == self._ident:
-            self._reconfigure(fernet, idle_s)  # whoever says then that they count is right
-        else:
-            self.loop.call_soon_threadsafe(self._reconfigure, fernet, idle_s)
+        self._on_loop(self._reconfigure, fernet, idle_s)
 
     def _reconfigure(self, fernet: Fernet, channel_idle_s: float) -> None:
         self.fernet, self.channel_idle_s = fernet, channel_idle_s

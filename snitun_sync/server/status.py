@@ -18,8 +18,7 @@ CLIENTS_LISTED = 1000
 
 def report(server: Server) -> dict[str, Any]:
     """Return what /status shows."""
-    reason, now = server.ready(), server.loop.now
-    clients = []
+    now, clients = server.loop.now, []
     for name in sorted(server.routes)[:CLIENTS_LISTED]:
         registration = server.routes[name]
         tunnel, payload = registration.tunnel, registration.payload
@@ -36,11 +35,7 @@ def report(server: Server) -> dict[str, Any]:
             }
         )
     return {
-        "program": "snitun-server",
-        "is_ready": not reason,
-        "reason": reason or None,
-        "summary": server.summary(),
-        **figures(server),
+        **figures(server, "snitun-server"),
         "tunnels": len(server.tunnels),
         "tunnels_opened": server.opened_tunnels,
         "hostnames": len(server.routes),
