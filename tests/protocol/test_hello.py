@@ -1,7 +1,9 @@
-"""From ClientHello to hostname: genuine ones, cut and recut, and malformed ones."""
+"""From ClientHello to hostname and protocols: genuine, cut and recut, and malformed ones."""
 
 from __future__ import annotations
 
+import contextlib
+import ssl
 import struct
 
 import pytest
@@ -45,6 +47,16 @@ def read(data: bytes) -> str | None:
     return HelloReader().receive(data)
 
 
+def read_alpn(data: bytes) -> tuple[bytes, ...]:
+    reader = HelloReader()
+    assert reader.receive(data) is not None
+    return reader.alpn()
+
+
+def alpn(*protocols: bytes) -> bytes:
+    return extension(16, vector(2, b"".join(vector(1, name) for name in protocols)))
+
+
 HELLO = records(message(body(server_name(b"home.example.com"))))
 
 
@@ -59,6 +71,25 @@ def test_byte_by_byte_and_what_comes_behind() -> None:
         assert reader.receive(hello[at : at + 1]) is None
     assert reader.receive(hello[-1:] + b"early data") == "device.example.test"
     assert reader.received == hello + b"early data"
+
+
+def test_out_of_a_buffer_that_others_fill() -> None:
+    hello = client_hello()
+    buffer = bytearray(hello[:100])
+    reader = HelloReader(buffer)
+    assert reader.look() is None
+    for at in range(100, len(hello)):
+        assert reader.look() is None
+        buffer.append(hello[at])
+    buffer += b"early data"
+    assert reader.look() == "device.example.test"
+    assert reader.received is buffer
+    assert buffer == hello + b"early data"
+    empty = bytearray()
+    reader = HelloReader(empty)
+    empty += b"GET / HTTP/1.1"
+    with pytest.raises(HelloError, match="type 71"):
+        reader.look()
 
 
 @given(size=st.integers(1, 2000), cuts=st.lists(st.integers(0, 3000), max_size=5))
@@ -124,6 +155,50 @@ def test_tiny_records_don_t_get_around_the_limit() -> None:
     assert len(reader.received) <= MAX_HELLO + 6
 
 
+def test_the_protocols_that_this_machine_s_openssl_offers() -> None:
+    context, outgoing = ssl.create_default_context(), ssl.MemoryBIO()
+    context.set_alpn_protocols(["acme-tls/1", "h2"])
+    tls = context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="home.example.com")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        tls.do_handshake()
+    hello, reader = outgoing.read(), HelloReader()
+    for at in range(len(hello)):
+        assert reader.alpn() == ()
+        reader.receive(hello[at : at + 1])
+    assert reader.alpn() == (b"acme-tls/1", b"h2")
+    assert read_alpn(hello + b"early data") == (b"acme-tls/1", b"h2")
+    assert read_alpn(client_hello()) == ()
+
+
+def test_protocols_are_any_bytes_and_the_first_list_counts() -> None:
+    name, grease = server_name(b"home.example.com"), b"\x0a\x0a"
+    content = body(alpn(grease, b"x" * 255) + name + alpn(b"h2"))
+    assert read(records(message(content), 30)) == "home.example.com"
+    assert read_alpn(records(message(content), 30)) == (grease, b"x" * 255)
+    assert read_alpn(records(message(body(None)))) == ()
+    assert read_alpn(HELLO) == ()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x00\x00",  # an empty list
+        vector(2, b"\x00"),  # an empty name
+        vector(2, b"\x02h2\x00"),
+        vector(2, b"\x03h2"),  # a name longer than the list
+        b"\x00\x04\x02h2",  # a list longer than the extension
+        vector(2, b"\x02h2") + b"x",  # something behind the list
+    ],
+)
+def test_malformed_protocols_don_t_hide_the_hostname(data: bytes) -> None:
+    reader = HelloReader()
+    hello = records(message(body(extension(16, data) + server_name(b"home.example.com"))))
+    assert reader.receive(hello) == "home.example.com"
+    with pytest.raises(HelloError, match=r"ALPN|protocol"):
+        reader.alpn()
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [
@@ -182,9 +257,15 @@ def test_fuzz_waits_or_answers_or_raises_hello_error(noise: bytes, at: int, patc
         records(message(noise)),
         records(message(body(noise))),
         genuine[: at * 3] + patch + genuine[at * 3 + len(patch) :],
+        records(message(body(extension(16, noise)))),
+        records(message(body(extension(16, vector(2, noise))))),
     ):
+        reader = HelloReader()
         try:
-            answer = read(data)
+            answer = reader.receive(data)
+            protocols = reader.alpn()
         except HelloError:
             continue
         assert answer is None or isinstance(answer, str)
+        assert isinstance(protocols, tuple)
+        assert all(0 < len(name) < 256 for name in protocols)
