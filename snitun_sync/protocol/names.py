@@ -10,6 +10,7 @@ from ..errors import ConfigurationError, UsageError
 MAX_HOSTNAME = 253  # RFC 1035, without the trailing dot
 MAX_SHOWN = 40
 LATEST = 10**11  # UTC, Unix seconds: the year 5138
+IPV4_MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291 §2.5.5.2
 _LABEL = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 
 
@@ -25,6 +26,13 @@ def is_hostname(text: str) -> bool:
         0 < len(label) <= 63 and label[0] != "-" and label[-1] != "-" and _LABEL.issuperset(label)
         for label in labels
     )
+
+
+def known_ip(address: bytes) -> bytes:
+    """Return a packed IP address, one mapped into IPv6 as IPv4; b"" for zeros: it is unknown."""
+    if address.startswith(IPV4_MAPPED):
+        address = address[len(IPV4_MAPPED) :]
+    return address if any(address) else b""
 
 
 def is_time(value: object) -> bool:

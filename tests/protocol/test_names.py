@@ -7,13 +7,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snitun_sync.errors import ConfigurationError
-from snitun_sync.protocol.names import Address, is_hostname, normal_hostname, parse_address
+from snitun_sync.protocol.names import (
+    Address,
+    is_hostname,
+    known_ip,
+    normal_hostname,
+    parse_address,
+)
 
 
 def test_normal_form() -> None:
     assert normal_hostname("Home.EXAMPLE.com.") == "home.example.com"
     assert normal_hostname("home.example.com") == "home.example.com"
     assert normal_hostname("home..") == "home."
+
+
+def test_an_address_that_is_known() -> None:
+    ipv4, ipv6 = bytes([203, 0, 113, 7]), bytes.fromhex("20010db8000000000000000000000001")
+    mapped = bytes.fromhex("00000000000000000000ffff")
+    assert [known_ip(ip) for ip in (ipv4, mapped + ipv4, ipv6)] == [ipv4, ipv4, ipv6]
+    assert {known_ip(ip) for ip in (bytes(4), bytes(16), mapped + bytes(4))} == {b""}
 
 
 @pytest.mark.parametrize(
