@@ -5,6 +5,7 @@
     ├── ConfigurationError     an option, a file or a field of it is wrong
     │   ├── UsageError         an option's text is wrong, or options don't fit together
     │   ├── UnreadableError    a file that was named can't be read
+    │   ├── ExpiredError       a certificate's time is over, or this machine's clock is wrong
     │   └── TicketError        the client's credential is malformed
     ├── ViolationError         the other side broke the wire protocol
     │   └── HelloError         a device's first bytes are no TLS ClientHello
@@ -47,6 +48,10 @@ class UsageError(ConfigurationError):
 
 class UnreadableError(ConfigurationError):
     """A file that was named can't be read."""
+
+
+class ExpiredError(ConfigurationError):
+    """A certificate's time is over, or this machine's clock is wrong."""
 
 
 class TicketError(ConfigurationError):

@@ -62,8 +62,8 @@ COLLECT_AFTER = 10_000
 log = logging.getLogger("snitun_sync")
 
 
-def read_text(path: str, option: str, *, is_secret: bool = True) -> str:
-    """Return the text of the file that `option` names; "-" is standard input.
+def read_bytes(path: str, option: str, *, is_secret: bool = True) -> bytes:
+    """Return what is in the file that `option` names; "-" is standard input.
 
     What came from there is kept, for when settings are read again. Raises UnreadableError. A
     secret that others may read is worth a warning.
@@ -82,13 +82,22 @@ def read_text(path: str, option: str, *, is_secret: bool = True) -> str:
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         reason = getattr(error, "strerror", None) or error
         raise UnreadableError(f"{option}: can't read {path}: {reason}") from None
-    name = "standard input" if path == "-" else path
     if len(data) > MAX_SECRET_BYTES:
+        name = _name(path)
         raise UnreadableError(f"{option}: {name} has more than {MAX_SECRET_BYTES} bytes")
+    return data
+
+
+def read_text(path: str, option: str, *, is_secret: bool = True) -> str:
+    """Return the text of a file, as `read_bytes` does; it is to be UTF-8."""
     try:
-        return data.decode()
+        return read_bytes(path, option, is_secret=is_secret).decode()
     except UnicodeDecodeError:
-        raise UnreadableError(f"{option}: {name} is no text (UTF-8)") from None
+        raise UnreadableError(f"{option}: {_name(path)} is no text (UTF-8)") from None
+
+
+def _name(path: str) -> str:
+    return "standard input" if path == "-" else path
 
 
 @cache
