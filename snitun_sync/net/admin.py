@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import socket
 
 from ..errors import ConfigurationError, ListenError, ViolationError
 from ..protocol.aes import load
+from ..protocol.http_head import END, parse_head
 from ..protocol.names import normal_hostname, parse_address
 from .listening import Listener, listen
 from .loop import READ, WRITE, Handler
@@ -25,13 +25,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..protocol.http_head import Fields
     from ..protocol.names import Address
     from .loop import Loop, Timer
 
     Answer = tuple[int, str, str]
     """Status, content type and body."""
-    Fields = dict[str, str]
-    """Header fields: the name in lower case, and its values joined by ", " (RFC 9110, 5.2)."""
 
 log = logging.getLogger("snitun_sync")
 
@@ -42,10 +41,6 @@ REQUEST_BYTES = 8 * 1024
 REQUEST_S = 10.0
 SHORTEST_TOKEN = 16
 
-_END = b"\r\n\r\n"
-# RFC 9112, 3; and RFC 9110, 5: no control character but tabs, and no name begins with a space.
-_FIRST_LINE = re.compile(r"([!-~]+) (/[!-~\x80-\xff]*) HTTP/1\.[01]")
-_FIELD = re.compile(r"([\w!#$%&'*+.^`|~-]+):([\t -~\x80-\xff]*)", re.ASCII)
 _REASONS = {
     200: "OK",
     400: "Bad Request",
@@ -172,7 +167,9 @@ class Admin:
     def answer(self, head: bytes) -> Answer:
         """Return the answer to a request, given without the empty line at its end."""
         try:
-            method, target, fields = _parse(head)
+            method, target, _, fields = parse_head(head)
+            if not target.startswith("/"):
+                raise ViolationError("the first line; expected GET /PATH HTTP/1.1")
         except ViolationError as error:
             return _refusal(400, str(error))
         if self._token:
@@ -264,8 +261,8 @@ class Connection(Handler):
             self._read()
 
     def _read(self) -> None:
-        end = self._received.find(_END)
-        size = len(self._received) if end < 0 else end + len(_END)
+        end = self._received.find(END)
+        size = len(self._received) if end < 0 else end + len(END)
         if size > REQUEST_BYTES:
             self._send(_refusal(431, f"more than {REQUEST_BYTES} bytes"))
         elif end >= 0:
@@ -314,19 +311,3 @@ class Connection(Handler):
 
 def _refusal(status: int, reason: str) -> Answer:
     return status, TEXT, f"{_REASONS[status]}: {reason}\n"
-
-
-def _parse(head: bytes) -> tuple[str, str, Fields]:
-    """Return method, target and fields of a request (RFC 9112, 3 and 5). Raises ViolationError."""
-    first, *lines = head.decode("latin-1").split("\r\n")
-    request = _FIRST_LINE.fullmatch(first)
-    if request is None:
-        raise ViolationError("the first line; expected GET /PATH HTTP/1.1")
-    fields: Fields = {}
-    for line in lines:
-        field = _FIELD.fullmatch(line)
-        if field is None:
-            raise ViolationError("a line of the header; expected NAME: VALUE, all of it printable")
-        name, value = field[1].lower(), field[2].strip(" \t")
-        fields[name] = f"{fields[name]}, {value}" if name in fields else value
-    return request[1], request[2], fields

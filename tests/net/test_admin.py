@@ -652,4 +652,5 @@ def test_it_brings_nothing_heavy_into_memory() -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
     brought = {f"snitun_sync.net.{name}" for name in ("admin", "listening", "openmetrics")}
+    brought.add("snitun_sync.protocol.http_head")
     assert set(done.stdout.split()) == brought
