@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import threading
 import time
@@ -15,23 +14,13 @@ from pathlib import Path
 import pytest
 import trustme
 from playwright.sync_api import Error, Page, sync_playwright
-from websockets.exceptions import ConnectionClosed
-from websockets.sync.server import ServerConnection, serve
+from websockets.sync.server import serve
 
-from tests.interop.peers import missing
+from tests.appliance import PAGE, echo, find
 from tests.support import HOSTNAME, MIB, Credentials, Program, client, free_port, pattern, relay
 
 BIG = 20 * MIB
 RESOURCES = 30
-
-
-def find(program: str) -> str:
-    """Return the path of a program of the system; skip the test where it is missing."""
-    path = shutil.which(program) or shutil.which(program, path="/usr/sbin:/usr/local/sbin:/sbin")
-    if path is None:
-        missing(program)
-    assert path is not None
-    return path
 
 
 @dataclass
@@ -75,35 +64,6 @@ http {{
     }}
 }}
 """
-
-PAGE = """<!doctype html><title>loading</title><script>
-const sha256 = async data => [...new Uint8Array(await crypto.subtle.digest("SHA-256", data))]
-    .map(byte => byte.toString(16).padStart(2, "0")).join("");
-const socket = new WebSocket(`wss://${location.host}/socket`);
-window.echo = text => new Promise((resolve, reject) => {
-    socket.onmessage = event => resolve(event.data);
-    socket.onclose = event => reject("closed: " + event.code);
-    socket.send(text);
-});
-const opened = new Promise((resolve, reject) => {
-    socket.onopen = resolve;
-    socket.onerror = reject;
-});
-window.load = async count => {
-    await opened;
-    const names = Array.from({length: count}, (_, number) => `part${number}.js`);
-    return Promise.all(names.map(async name => sha256(await (await fetch(name)).arrayBuffer())));
-};
-</script>"""
-
-
-def echo(connection: ServerConnection) -> None:
-    """A service with a WebSocket that stays open."""
-    try:
-        for message in connection:
-            connection.send(message)
-    except ConnectionClosed:
-        pass
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,10 @@ from tools import environment
 from tools.environment import PROJECT
 
 # With published releases and other people's programs, and under load: two files at a time.
-REST = ("tests/interop", "tests/test_real_users.py", "tests/test_load.py", "tests/test_bench.py")
+REST = (
+    "tests/interop",
+    *(f"tests/test_{name}.py" for name in ("real_users", "load", "acme", "endpoints", "bench")),
+)
 # Whole programs for a while, in networks of their own and under systemd; once is enough.
 WHOLE = tuple(
     f"tests/test_{name}.py" for name in ("faults", "network", "signals", "soak", "systemd")
