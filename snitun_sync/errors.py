@@ -46,6 +46,12 @@ class UsageError(ConfigurationError):
     """An option's text is wrong, or options don't fit together."""
 
 
+def wrong_setting(name: str, text: str) -> ConfigurationError:
+    """Return what to raise for the option `name` (`--…`), or for what a file calls so."""
+    kind = UsageError if name.startswith("--") else ConfigurationError
+    return kind(f"{name}: {text}")
+
+
 class UnreadableError(ConfigurationError):
     """A file that was named can't be read."""
 

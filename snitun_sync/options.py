@@ -7,7 +7,8 @@
 
 What is empty in the environment or in the file isn't set. An option that can be repeated has
 its values separated by white space in the environment, one a line in the file; what comes
-first in the order above replaces the others.
+first in the order above replaces the others. The file may also have sections [endpoint NAME …],
+each with its own settings.
 """
 
 from __future__ import annotations
@@ -34,15 +35,21 @@ if TYPE_CHECKING:
 # that one file, and one environment, serve all. A test compares.
 COMMON = "crypto json log-format log-level"
 SERVICE = f"{COMMON} admin admin-token-file budget channel-idle congestion-control grace watch"
-CLIENT = """aes-iv-file aes-key-file cipher endpoint exit-on-refusal keepalive max-channels
-    max-new-channels once probe probe-address protocol-version proxy proxy-password-file
-    reconnect-spread server token token-file"""
+ENDPOINT = """connect-timeout health-interval health-path proxy-protocol tls-alpn tls-cert
+    tls-key"""
+CLIENT = f"""{ENDPOINT} acme-endpoint aes-iv-file aes-key-file allow allow-file block block-file
+    cipher endpoint exit-on-refusal keepalive max-channels max-new-channels once probe
+    probe-address protocol-version proxy proxy-password-file reconnect-spread server token
+    token-file"""
 MASTER = "alias cipher fernet-key-file hostname protocol-version server single-use valid-for"
 SECTIONS = {
     "client": f"{SERVICE} {CLIENT}".split(),
     "server": f"{SERVICE} fernet-key-file listen peer-listen".split(),
     "master": f"{COMMON} {MASTER}".split(),
 }
+# What one section may have besides: [endpoint NAME …], one for each service of a client.
+ENDPOINTS = "endpoint "
+ENDPOINT_KEYS = ["address", *ENDPOINT.split()]
 ENVIRONMENT = "SNITUN_"
 SOURCES = """\
 Each option can also stand in the environment (--log-level is $SNITUN_LOG_LEVEL), or in the
@@ -104,6 +111,8 @@ class Options(argparse.Namespace):
         self._secrets: set[str] = set()  # attributes
         self._warnings: list[str] = []  # until there is a log
         self._taken: dict[str, str] = {}  # secrets that were in the environment
+        self.sections: dict[str, dict[str, Any]] = {}
+        """The sections of the file that begin with `endpoint`, by their names in messages."""
 
     def rank(self, attribute: str) -> int:
         """Return COMMAND_LINE, FROM_ENVIRONMENT, FILE or DEFAULT."""
@@ -121,6 +130,9 @@ class Options(argparse.Namespace):
             place = {COMMAND_LINE: "command line", DEFAULT: "default"}.get(rank, name)
             line = f"{_key(attribute)} = {text}".rstrip()
             yield f"{line}   ({place})"
+        for name, section in self.sections.items():
+            for key, value in section.items():
+                yield f"{_key(key)} = {_text(value)}   ({name})"
 
     def __enter__(self) -> Options:
         return self
@@ -274,7 +286,7 @@ class Parser(argparse.ArgumentParser):
             source = f"--{CONFIG}" if options.config else _variable_name(CONFIG)
             options._warnings += _unknown_variables()
             if path:
-                file = self._read_file(path, source, options)
+                file = self._read_file(path, source, options, actions)
         with options:  # which gives an error its source
             for action in actions:
                 key = _key(action.dest)
@@ -331,7 +343,9 @@ class Parser(argparse.ArgumentParser):
             raise UsageError(f"{option}: {error.message}") from None
         return values if isinstance(action, argparse._AppendAction) else values[0]
 
-    def _read_file(self, path: str, source: str, options: Options) -> dict[str, str]:
+    def _read_file(
+        self, path: str, source: str, options: Options, actions: list[argparse.Action]
+    ) -> dict[str, str]:
         """Return this program's section of an INI file. Raises ConfigurationError."""
         import configparser  # noqa: PLC0415
 
@@ -343,13 +357,20 @@ class Parser(argparse.ArgumentParser):
         except configparser.Error as error:
             raise ConfigurationError(f"{path}: {_what_is_wrong(error)}") from None
         for section in file.sections():
-            if section not in SECTIONS:
-                said = f"{_bare(section)}]: no such section{_meant(section, SECTIONS)}"
+            is_endpoint = section.startswith(ENDPOINTS)
+            if section not in SECTIONS and not is_endpoint:
+                known = [*SECTIONS, f"{ENDPOINTS}NAME"]
+                said = f"{_bare(section)}]: no such section{_meant(section, known)}"
                 raise ConfigurationError(f"{path}: [{said}")
+            known = ENDPOINT_KEYS if is_endpoint else SECTIONS[section]
             for key in file.options(section):
-                if key not in SECTIONS[section]:
-                    said = f"{_bare(key)}: no such option{_meant(key, SECTIONS[section])}"
+                if key not in known:
+                    said = f"{_bare(key)}: no such option{_meant(key, known)}"
                     raise ConfigurationError(f"{path}: [{section}] {said}")
+            if is_endpoint and self._section == "client":
+                name = f"{path}: [{section}]"
+                values = self._section_values(name, dict(file.items(section)), actions)
+                options.sections[name] = values
         settings = dict(file.items(self._section)) if file.has_section(self._section) else {}
         for key in map(_key, self._secrets):
             value = settings.get(key)
@@ -358,6 +379,23 @@ class Parser(argparse.ArgumentParser):
                 said = f"{key} can be read by everybody: chmod 600 it"
                 options._warnings.append(f"{path}: [{self._section}] {said}")
         return settings
+
+    def _section_values(
+        self, name: str, texts: dict[str, str], actions: list[argparse.Action]
+    ) -> dict[str, Any]:
+        """Return what a section for one endpoint says, by attribute, as the options' types."""
+        by_key = {_key(action.dest): action for action in actions}
+        values: dict[str, Any] = {}
+        for key, text in texts.items():
+            if text and key not in by_key:
+                values[key] = text
+            elif text:
+                try:
+                    values[by_key[key].dest] = self._converted(by_key[key], [text])
+                except UsageError as error:
+                    said = str(error).partition(": ")[2]
+                    raise ConfigurationError(f"{name} {key}: {said}") from None
+        return values
 
 
 def check_service(program: str, options: Options, make: Callable[[], Service]) -> None:

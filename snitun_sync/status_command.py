@@ -137,7 +137,8 @@ def _client_rows(report: Report) -> Iterator[tuple[str, str]]:
         )
     elif report["retry_in_s"] is not None:
         yield "next attempt", f"in {span(max(0, report['retry_in_s']))}"
-    yield "endpoint", report["endpoint"]
+    for endpoint in report["endpoints"]:
+        yield "endpoint", _endpoint(endpoint)
     expiry = ticket["expires_in_s"]
     if expiry is not None:
         when = f"expires in {span(expiry)}" if expiry > 0 else f"EXPIRED {span(-expiry)} ago"
@@ -158,6 +159,14 @@ def _client_rows(report: Report) -> Iterator[tuple[str, str]]:
         after = f"after {span(proven_s)}: " if proven_s is not None else ""
         times = f" ({count} times)" if count > 1 else ""
         yield "ended", f"{ending['time']} {after}{ending['reason']}{times}"
+
+
+def _endpoint(endpoint: Report) -> str:
+    names, certificate = ", ".join(endpoint["names"]), endpoint["certificate"]
+    text = endpoint["address"] if names == "*" else f"{names} at {endpoint['address']}"
+    if certificate is not None and certificate["valid_until"]:
+        text += f", certificate valid until {certificate['valid_until']}"
+    return f"{text}; DOWN" if endpoint["is_down"] else text
 
 
 def _relay_rows(report: Report) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snitun_sync.client import Client
+from snitun_sync.client.endpoint import Endpoint as ToService
 from snitun_sync.protocol import frame
 from snitun_sync.protocol.aes import load
 from snitun_sync.protocol.cipher import unit_cipher
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from snitun_sync.net.service import Service
+
+
+def connector(client: Client) -> ToService:
+    """Return who opens the connections of a client's only endpoint."""
+    assert client.endpoints.only is not None
+    found = client.endpoints.only.connector
+    assert isinstance(found, ToService)
+    return found
 
 
 def is_idle(service: Service) -> bool:

@@ -197,7 +197,10 @@ def test_one_file_serves_all_programs(monkeypatch: pytest.MonkeyPatch, ini: Path
 
 FILE_ERRORS = [
     ("[sever]\n", r"\[sever\]: no such section; did you mean server\?"),
-    ("[DEFAULT]\nonce = 1\n", r"\[DEFAULT\]: no such section; expected one of client, master, ser"),
+    (
+        "[DEFAULT]\nonce = 1\n",
+        r"\[DEFAULT\]: no such section; expected one of client, endpoint NAME, master, ser",
+    ),
     ("[server]\nlog_level = info\n", r"\[server\] log_level: no such option; did you mean log-le"),
     ("[server]\nLISTEN = a:1\n", r"\[server\] LISTEN: no such option; did you mean listen\?"),
     ("[client]\nendpont = a:1\n", r"\[client\] endpont: no such option; did you mean endpoint\?"),

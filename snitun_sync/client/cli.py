@@ -8,15 +8,22 @@ import sys
 import time
 
 from ..errors import ConfigurationError, TicketError, UsageError
-from ..net.tuning import CHANNEL_IDLE_S, CLIENT_BUDGET_BYTES, KEEPALIVE_S
-from ..options import COMMAND_LINE, SOURCES, Parser, check_service
+from ..net.tuning import CHANNEL_IDLE_S, CLIENT_BUDGET_BYTES, CONNECT_S, KEEPALIVE_S
+from ..options import COMMAND_LINE, DEFAULT, ENDPOINTS, SOURCES, Parser, check_service
 from ..program import main, read_secret, read_text, run_service, say
 from ..protocol.aes import load
 from ..protocol.cipher import CIPHERS, IV_SIZE, KEY_SIZE
 from ..protocol.names import parse_address
 from ..protocol.ticket import LINE_PREFIX, RELAY_PORT, TOKEN_PREFIX, Ticket, is_token
 from .client import Client, utc
-from .settings import ENDPOINT, MAX_CHANNELS, RECONNECT_SPREAD_S, Settings
+from .settings import (
+    ENDPOINT,
+    MAX_CHANNELS,
+    PROXY_PROTOCOLS,
+    RECONNECT_SPREAD_S,
+    EndpointSettings,
+    Settings,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -79,9 +86,43 @@ same fingerprint have the same token."""
 def parser() -> Parser:
     """Return the client's options."""
     options = Parser(PROGRAM, description=DESCRIPTION, epilog=EPILOG)
-    text = f"the local service: HOST:PORT, [IPV6]:PORT or unix:/PATH (default: {ENDPOINT})"
-    options.add("--endpoint HOST:PORT", text, ENDPOINT)
+    options.add(
+        "--endpoint [NAME=]ADDRESS",
+        "the local service: HOST:PORT, [IPV6]:PORT or unix:/PATH; may be repeated, with the "
+        f"names that lead there, like *.home.example.com=127.0.0.1:8123 (default: {ENDPOINT})",
+        [ENDPOINT],
+        action="append",
+    )
     _add_ticket(options)
+    options.begin("how the service is reached, by all of --endpoint")
+    options.add("--tls-cert FILE", "end TLS here, with this certificate and its chain (PEM)", "")
+    text = "the certificate's key (default: it is in the same file); both are read when they change"
+    options.add("--tls-key FILE", text, "")
+    text = "which protocols to offer, best first, such as h2,http/1.1 (default: http/1.1)"
+    options.add("--tls-alpn NAMES", text, "")
+    options.add(
+        "--proxy-protocol VERSION",
+        "tell the service each device's address, by the PROXY protocol, v1 or v2",
+        "",
+        choices=PROXY_PROTOCOLS,
+    )
+    text = "see so often, like 30s, whether it is there: /ready tells (default: never)"
+    options.add("--health-interval TIME", text, 0.0)
+    options.add("--health-path PATH", "see that by GET PATH, not just by connecting", "")
+    text = "how long a device waits for the service (default: 10s)"
+    options.add("--connect-timeout TIME", text, CONNECT_S)
+    options.begin("devices")
+    options.add(
+        "--acme-endpoint ADDRESS",
+        "who answers the questions of a certificate authority (TLS-ALPN-01): an ACME client",
+        "",
+    )
+    text = "let devices in from this network only, like 203.0.113.0/24; may be repeated"
+    options.add("--allow CIDR", text, [], action="append")
+    options.add("--allow-file FILE", "the same for the networks in a file, one a line", "")
+    text = "keep devices out that are in this network; may be repeated, goes before --allow"
+    options.add("--block CIDR", text, [], action="append")
+    options.add("--block-file FILE", "the same for the networks in a file, one a line", "")
     options.begin("the way to the relay")
     options.add(
         "--proxy URL",
@@ -297,9 +338,24 @@ def _settings(options: Options) -> dict[str, Any]:
     password = None
     if options.proxy_password_file is not None:
         password = read_secret(options.proxy_password_file, options.source("proxy_password_file"))
+    is_default = options.rank("endpoint") == DEFAULT
     return {
         "ticket": find_ticket(options),
-        "endpoint": options.endpoint,
+        # With sections for endpoints, none is there by default.
+        "endpoint": [] if options.sections and is_default else options.endpoint,
+        "endpoints": [_endpoint(*section) for section in options.sections.items()],
+        "tls_cert": options.tls_cert,
+        "tls_key": options.tls_key,
+        "tls_alpn": options.tls_alpn,
+        "proxy_protocol": options.proxy_protocol,
+        "health_interval_s": options.health_interval,
+        "health_path": options.health_path,
+        "connect_timeout_s": options.connect_timeout,
+        "acme_endpoint": options.acme_endpoint,
+        "allow": options.allow,
+        "allow_file": options.allow_file,
+        "block": options.block,
+        "block_file": options.block_file,
         "server": options.server or "",
         "proxy": options.proxy,
         "proxy_password": password,
@@ -318,6 +374,20 @@ def _settings(options: Options) -> dict[str, Any]:
         "admin": options.admin,
         "admin_token": read_secret(options.admin_token_file, "--admin-token-file"),
     }
+
+
+def _endpoint(name: str, section: dict[str, Any]) -> EndpointSettings:
+    """Return what the section [endpoint NAME …] of the file says. Raises ConfigurationError."""
+    for key in ("health_interval", "connect_timeout"):
+        if key in section:
+            section = {**section, f"{key}_s": section[key]}
+            del section[key]
+    if "address" not in section:
+        raise ConfigurationError(f"{name}: no address; expected address = HOST:PORT or unix:/PATH")
+    hostnames = name.rpartition(f"[{ENDPOINTS}")[2][:-1].split()
+    if not hostnames:
+        raise ConfigurationError(f"{name}: no name; expected [{ENDPOINTS}HOSTNAME …] or *")
+    return EndpointSettings(names=hostnames, source=f"{name} ", **section)
 
 
 def console() -> int:

@@ -36,15 +36,17 @@ from ..net.workers import Workers
 from ..protocol.aes import load
 from ..protocol.cipher import unit_cipher
 from ..protocol.handshake import ClientHandshake
-from .endpoint import Endpoint, reason
+from .endpoint import reason
+from .endpoints import Endpoints
 from .history import History
 from .limits import Limits
 from .retry import FIRST_S, REFUSALS, Retry
-from .settings import ENDPOINT, Settings
+from .settings import ANY, ENDPOINT, THREADS, WAITING, EndpointSettings, Settings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from ..net.loop import Timer
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from ..protocol.mux import Channel
     from ..protocol.ticket import Ticket
     from .probe import Probe
+    from .wsgi import Application
 
 log = logging.getLogger("snitun_sync")
 
@@ -86,7 +89,9 @@ class Client(Service):
     after an error that no retry mends, and where the settings say so.
     """
 
-    def __init__(self, ticket: Ticket | str, endpoint: str = ENDPOINT, **options: Any) -> None:
+    def __init__(
+        self, ticket: Ticket | str, endpoint: str | Sequence[str] = ENDPOINT, **options: Any
+    ) -> None:
         """Serve `endpoint` with a ticket; `options` are those of Settings.
 
         Raises ConfigurationError.
@@ -101,8 +106,8 @@ class Client(Service):
             admin_token=settings.admin_token,
         )
         self._workers = Workers(self.loop)
-        self.endpoint = Endpoint(self.loop, self._workers, settings.endpoint)
         self.limits = Limits(self.loop, self.bridges, settings)
+        self.endpoints = Endpoints(self, self._workers)
         self.retry = Retry(_random, settings.reconnect_spread_s)
         self._serving: Tunnel | None = None
         self._opening: Tunnel | None = None
@@ -144,6 +149,59 @@ class Client(Service):
         if settings.congestion_control:
             check_congestion_control(settings.congestion_control)
         self._on_loop(self._reconfigure, settings)
+
+    def serve(
+        self,
+        handler: Callable[[socket.socket, str], object],
+        hostname: str | Sequence[str] = ANY,
+        *,
+        threads: int = THREADS,
+        waiting: int = WAITING,
+        tls_cert: str = "",
+        tls_key: str = "",
+        tls_alpn: str = "",
+    ) -> None:
+        """Let devices that ask for `hostname` talk to `handler(connection, device_address)`.
+
+        Before the client runs. The handler is called on one of at most `threads` threads, once
+        for each connection; `waiting` more may wait for a thread. `connection` is a blocking
+        socket, closed when the handler returns; an exception cuts it. `device_address` is
+        the device's IP address, "" where it isn't known. `hostname`: see EndpointSettings.names;
+        by default all that have no other endpoint. With `tls_cert` TLS ends here, and the
+        connection has plaintext; without it the handler gets TLS as the device sends it.
+        Raises ConfigurationError.
+        """
+        from .handlers import Call, Handlers  # noqa: PLC0415  few have handlers
+
+        settings = EndpointSettings(
+            None, hostname, tls_cert=tls_cert, tls_key=tls_key, tls_alpn=tls_alpn
+        )
+        handlers = Handlers(self.loop, partial(Call, handler), threads, waiting)
+        self.endpoints.add(settings, handlers)
+
+    def serve_wsgi(
+        self,
+        app: Application,
+        hostname: str | Sequence[str] = ANY,
+        *,
+        threads: int = THREADS,
+        waiting: int = WAITING,
+        tls_cert: str,
+        tls_key: str = "",
+    ) -> None:
+        """Let devices that ask for `hostname` use a WSGI application (PEP 3333) over HTTPS.
+
+        Before the client runs. All is as with `serve`; REMOTE_ADDR is the device's
+        address. A connection between two requests takes no thread.
+        """
+        from .handlers import Handlers  # noqa: PLC0415
+        from .wsgi import WsgiConversation  # noqa: PLC0415
+
+        settings = EndpointSettings(None, hostname, tls_cert=tls_cert, tls_key=tls_key)
+        name = self.settings.ticket.hostname or "localhost"
+        make = partial(WsgiConversation, app, scheme="https", hostname=name)
+        handlers = Handlers(self.loop, make, threads, waiting, waits_first=True)
+        self.endpoints.add(settings, handlers)
 
     @property
     def tunnel(self) -> Tunnel | None:
@@ -335,7 +393,7 @@ class Client(Service):
             "ready: %s at the relay %s leads to %s (version %d, %s, %.0f ms)",
             ticket.hostname or "the ticket's hostname",
             settings.server,
-            self.endpoint,
+            self.endpoints,
             ticket.protocol_version,
             ticket.cipher,
             (self.loop.now - tunnel.started_at) * 1000,
@@ -347,7 +405,7 @@ class Client(Service):
         self.history.say_next()
         held, self._held = self._held, []
         for bridge in held:
-            self.endpoint.connect(bridge)
+            self.endpoints.connect(bridge)
         if self.probe is not None:
             self.probe.soon()
         self._up.set()
@@ -400,6 +458,11 @@ class Client(Service):
 
     def channel_opened(self, tunnel: Tunnel, channel: Channel, address: bytes) -> None:
         """A device has come: connect to the endpoint, once the relay is proven."""
+        access = self.settings.access
+        if access is not None and (why := access.refusal(address)):
+            tunnel.mux.abort(channel)
+            self.limits.refuse("access", f"{unpack_ip(address)}: {why}")
+            return
         if self._is_refusing or not self.limits.lets_in():
             tunnel.mux.abort(channel)
             return
@@ -414,13 +477,13 @@ class Client(Service):
 
     def _connect_endpoint(self, bridge: Bridge) -> None:
         if bridge.state is not BridgeState.CLOSED:
-            self.endpoint.connect(bridge)
+            self.endpoints.connect(bridge)
 
     def channel_closed(self, bridge: Bridge) -> None:
         """A device is gone: connect no more for it."""
         if bridge in self._held:
             self._held.remove(bridge)
-        self.endpoint.cancel(bridge)
+        self.endpoints.cancel(bridge)
         super().channel_closed(bridge)
 
     # --- settings -------------------------------------------------------------------
@@ -429,7 +492,7 @@ class Client(Service):
         former, self.settings = self.settings, settings
         self.bridges.limit_bytes = settings.budget_bytes
         self.limits.settings = settings
-        self.endpoint.replace(settings.endpoint)
+        self.endpoints.replace()
         self.retry.spread_s = settings.reconnect_spread_s
         for tunnel in tuple(self.tunnels):
             tunnel.set_limits(settings.keepalive_s, settings.channel_idle_s)
@@ -468,7 +531,7 @@ class Client(Service):
         silent_s = self.loop.now - tunnel.received_at
         if silent_s > self.settings.proven_s:
             return f"the relay has said nothing for {silent_s:.0f} s"
-        return self.probe.doubt() if self.probe is not None else ""
+        return self.endpoints.doubt() or (self.probe.doubt() if self.probe is not None else "")
 
     def is_up(self) -> bool:
         return self._serving is not None
@@ -479,7 +542,7 @@ class Client(Service):
         since = f"since {utc(self.state_since)} UTC"
         name = settings.ticket.hostname or "the ticket's hostname"
         if state is ClientState.UP:
-            what = f"up {since}: {name} at the relay {settings.server} leads to {self.endpoint}"
+            what = f"up {since}: {name} at the relay {settings.server} leads to {self.endpoints}"
             failure = self.ready()
             return f"{what}; but {failure}" if failure else what
         text = f"{state.value} {since}"
@@ -533,6 +596,7 @@ class Client(Service):
             self.probe.close()
         if self._network is not None:
             self._network.close()
+        self.endpoints.close()
         self._workers.close()
         self.loop.run_calls()  # the sockets that the workers handed over last
         super()._close()

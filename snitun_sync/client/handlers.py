@@ -207,6 +207,7 @@ class Handlers:
         elif failure is not None and not is_gone:
             self.abort(served, f"its handler failed: {type(failure).__name__}")
         else:
+            self.failure = ""
             self._served.pop(target, None)
             self._forget(served)
         while self._waiting and self.running < self._threads:

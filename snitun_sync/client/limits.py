@@ -1,4 +1,4 @@
-"""How many channels devices may have, and how fast they may come."""
+"""How many channels devices may have, how fast they may come, and who was refused."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ log = logging.getLogger("snitun_sync")
 
 # A limit that is reached says so this often, and not for each channel.
 LOG_EACH_S = 60.0
+# Other reasons have a line for each device, as long as there are not more than these meanwhile.
+LINES = 20
 
 
 class Limits:
@@ -24,8 +26,8 @@ class Limits:
         self._allowance = 0.0  # new channels that may come at once: a second's worth of them
         self._filled_at = 0.0
         self.refused: dict[str, int] = {}
-        """How many channels were refused, by the limit that did it."""
-        self._log_at: dict[str, float] = {}
+        """How many channels were refused, by the limit or the reason that did it."""
+        self._log_until: dict[str, tuple[float, int]] = {}  # the time, and lines left until then
         self._unsaid: dict[str, int] = {}
 
     def lets_in(self) -> bool:
@@ -45,11 +47,25 @@ class Limits:
             self._allowance -= 1
         return True
 
+    def refuse(self, name: str, why: str) -> None:
+        """Count a device that is refused, by a short `name` of the reason, and log it."""
+        if (count := self._count(name, LINES)) > 1:
+            why += f"; {count - 1} more since the last such line"
+        if count:
+            log.warning("refused %s", why)
+
     def _refuse(self, name: str, limit: str) -> bool:
+        if count := self._count(name, 1):
+            log.warning("refused %d channels: %s is reached", count, limit)
+        return False
+
+    def _count(self, name: str, lines: int) -> int:
+        """Count one; return how many a line of the log has to speak of, 0 for no line."""
         self.refused[name] = self.refused.get(name, 0) + 1
         self._unsaid[name] = self._unsaid.get(name, 0) + 1
         now = self._loop.now
-        if now >= self._log_at.get(name, 0.0):
-            self._log_at[name] = now + LOG_EACH_S
-            log.warning("refused %d channels: %s is reached", self._unsaid.pop(name), limit)
-        return False
+        until, left = self._log_until.get(name, (0.0, 0))
+        if now >= until:
+            until, left = now + LOG_EACH_S, lines
+        self._log_until[name] = until, max(0, left - 1)
+        return self._unsaid.pop(name) if left else 0

@@ -9,7 +9,6 @@ that its key is there. This brings `ssl` into memory, 4 MiB: it is loaded only w
 from __future__ import annotations
 
 import logging
-import re
 import socket
 import ssl
 import time
@@ -21,15 +20,19 @@ from ..protocol.names import Address
 from .endpoint import reason
 from .retry import FIRST_S
 from .settings import PROBE_PORT
+from .tls import said_by
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Union
 
     from ..net.loop import Timer
     from ..net.proxy import Proxy
     from ..net.workers import Workers
     from .client import Client
+
+    Expected = Union[bytes, tuple[Address, bytes], None]
+    """A certificate in DER (b"": any), or which endpoint shows it, after which preface."""
 
 log = logging.getLogger("snitun_sync")
 
@@ -103,11 +106,21 @@ class Probe:
             return  # the one that runs, or the next tunnel, goes on
         hostname = settings.ticket.hostname
         public = settings.probe_address or Address(hostname, PROBE_PORT)
-        job = partial(_blocking_probe, hostname, public, settings.endpoint, settings.proxy)
+        job = partial(_blocking_probe, hostname, public, self._expected(), settings.proxy)
         self._begun_at = client.loop.now
         self._is_running = self._workers.submit(job, self._done)
         if not self._is_running:
             self._schedule(AGAIN_S)
+
+    def _expected(self) -> Expected:
+        """Return the certificate that devices should see, or how to find out on a worker thread."""
+        route = self._client.endpoints.find(self._client.settings.ticket.hostname)
+        if route is None:
+            return None
+        if route.certificate is not None:
+            return route.certificate.leaf
+        address = route.settings.address
+        return (address, route.settings.preface()) if address is not None else b""
 
     def _done(self, found: tuple[str, bool] | None, error: Exception | None) -> None:
         self._is_running = False
@@ -143,34 +156,41 @@ class Probe:
 
 
 def _blocking_probe(
-    hostname: str, public: Address, endpoint: Address, proxy: Proxy | None
+    hostname: str, public: Address, expected: Expected, proxy: Proxy | None
 ) -> tuple[str, bool]:
     """Return why devices don't get through, "" if they do; and whether that is the endpoint.
 
     For a worker thread. Where it is the endpoint, no other tunnel helps.
     """
-    try:
-        expected = _blocking_leaf(hostname, endpoint, None)
-    except (OSError, ValueError) as error:
-        return f"endpoint {endpoint} shows no certificate: {_said(error)}", True
+    if expected is None:
+        return f"no endpoint for {hostname}", True
+    if isinstance(expected, tuple):
+        endpoint, preface = expected
+        try:
+            expected = _blocking_leaf(hostname, endpoint, None, preface)
+        except (OSError, ValueError) as error:
+            return f"endpoint {endpoint} shows no certificate: {_said(error)}", True
     try:
         found = _blocking_leaf(hostname, public, proxy)
     except ssl.SSLError as error:
         return f"{public} ends the TLS handshake for {hostname}: {_said(error)}", False
     except (OSError, ValueError) as error:
         return f"can't reach {public}: {_said(error)}", False
-    if found != expected:
+    if expected and found != expected:
         return f"what {public} shows for {hostname} is not the endpoint's certificate", False
     return "", False
 
 
-def _blocking_leaf(hostname: str, address: Address, proxy: Proxy | None) -> bytes:
+def _blocking_leaf(
+    hostname: str, address: Address, proxy: Proxy | None, preface: bytes = b""
+) -> bytes:
     """Return the certificate, in DER, that is shown for `hostname` at `address`."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     # Who signed it doesn't matter: it is compared with the very one.
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with blocking_dial(address, CONNECT_S, proxy) as sock:
         sock.settimeout(CONNECT_S)  # for the handshake as a whole: see ssl.SSLSocket
+        sock.sendall(preface)
         with context.wrap_socket(sock, server_hostname=hostname) as secured:
             certificate = secured.getpeercert(binary_form=True)
     if not certificate:
@@ -179,10 +199,6 @@ def _blocking_leaf(hostname: str, address: Address, proxy: Proxy | None) -> byte
 
 
 def _said(error: Exception) -> str:
-    """Return what an error of TLS or of the system says, without the file and line of Python."""
     if isinstance(error, socket.timeout):
         return f"no answer within {CONNECT_S:.0f} s"
-    text = str(getattr(error, "reason", None) or reason(error))
-    if isinstance(error, ssl.SSLError):
-        text = re.sub(r" \(_ssl\.c:[0-9]+\)", "", text).replace("_", " ").lower()
-    return text
+    return said_by(error)

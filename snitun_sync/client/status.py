@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..net.tunnel import Tunnel
     from ..protocol.ticket import Ticket
     from .client import Client
+    from .endpoints import Route
 
 PREFIX = "snitun_client"
 # No clock is right that is before the day when this was written: 2026-11-01.
@@ -48,7 +49,7 @@ def report(client: Client) -> dict[str, Any]:
         "hostname": ticket.hostname or None,
         "relay": str(settings.server),
         "proxy": str(settings.proxy) if settings.proxy is not None else None,
-        "endpoint": str(client.endpoint),
+        "endpoints": [_endpoint(route) for route in client.endpoints.routes],
         "tunnel": _tunnel(tunnel, now) if tunnel is not None else None,
         "attempts": client.attempts,
         "failures": client.history.failures,
@@ -73,6 +74,29 @@ def report(client: Client) -> dict[str, Any]:
         },
         "clock_doubt": clock_doubt(ticket, was_accepted=tunnel is not None) or None,
         "probe": client.probe.report() if client.probe is not None else None,
+    }
+
+
+def _endpoint(route: Route) -> dict[str, Any]:
+    connector, certificate, health = route.connector, route.certificate, route.health
+    failures, failure = connector.failures, connector.failure
+    return {
+        "names": list(route.settings.names),
+        "address": str(connector),
+        "is_down": bool(route.doubt()),
+        "opened": route.opened,
+        "failures": failures,
+        "failure": failure or None,
+        "health": {"checked": utc_text(health.checked_at), "failure": health.failure or None}
+        if health is not None
+        else None,
+        "certificate": {
+            "names": list(certificate.names),
+            "valid_until": utc_text(certificate.not_after),
+            "failure": certificate.failure or None,
+        }
+        if certificate is not None
+        else None,
     }
 
 
@@ -112,12 +136,33 @@ def metrics(client: Client) -> list[Family]:
         ),
         counters(
             f"{PREFIX}_channels_refused",
-            "Channels that were refused, by the limit that was reached.",
+            "Channels that were refused, by the limit that was reached, or the reason.",
             "limit",
             client.limits.refused,
         ),
         gauge(f"{PREFIX}_clock_doubtful", "Whether the clock seems to be wrong.", is_doubtful),
     ]
+    routes = {",".join(route.settings.names): route for route in client.endpoints.routes}
+    opened = {name: route.opened for name, route in routes.items()}
+    failed = {name: route.connector.failures for name, route in routes.items()}
+    down = [({"names": name}, bool(route.doubt())) for name, route in routes.items()]
+    expiries = [
+        ({"names": name}, route.certificate.not_after)
+        for name, route in routes.items()
+        if route.certificate is not None and route.certificate.not_after
+    ]
+    for name, text, numbers in (
+        ("connections", "Devices that were brought to an endpoint.", opened),
+        ("failures", "Connections to an endpoint that could not be opened.", failed),
+    ):
+        found.append(counters(f"{PREFIX}_endpoint_{name}", text, "names", numbers))
+    text = "Whether an endpoint is known to be down."
+    found.append((f"{PREFIX}_endpoint_down", "gauge", "", text, down))
+    name, text = (
+        f"{PREFIX}_certificate_expiry_timestamp_seconds",
+        "When it expires, UTC Unix seconds.",
+    )
+    found.append((name, "gauge", "seconds", text, expiries))
     if tunnel is not None:
         name, text = f"{PREFIX}_tunnel_silence_seconds", "Time since the relay's last byte."
         found.append(gauge(name, text, now - tunnel.received_at, "seconds"))

@@ -13,6 +13,8 @@ ENDING is what a well-behaved end takes: what is held is flushed, the sending si
 is shut down, and input is drained until the other side ends too, or 2 s after it has
 taken all. (To close with unread input, or before more input, sends a reset that
 destroys the last bytes at the receiver.) An abort is a reset on purpose.
+
+A cipher may stand between the two: the channel has ciphertext then, the socket plaintext.
 """
 
 from __future__ import annotations
@@ -37,9 +39,40 @@ from .tuning import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Protocol
+
     from ..protocol.mux import Channel
     from .loop import Timer
     from .tunnel import Tunnel
+
+    class Watcher(Protocol):
+        """Who looks at what a bridge holds, until it is clear where its socket leads."""
+
+        def look(self) -> None:
+            """More is held."""
+
+    class Cipher(Protocol):
+        """What ends the device's TLS here; see client/tls.py."""
+
+        is_ended: bool
+        """Whether the device has said that it sends no more."""
+
+        def receive(self, data: bytes | memoryview) -> None:
+            """Take ciphertext, and copy it."""
+
+        def decrypt(self, into: memoryview) -> int:
+            """Fill `into` with plaintext and return how much; 0: no more. Raises SniTunError."""
+
+        def encrypt(self, data: memoryview) -> bytes:
+            """Return the ciphertext of `data`. Raises SniTunError."""
+
+        def pending(self) -> bytes:
+            """Return what has to be sent besides."""
+
+        def finish(self) -> bytes:
+            """Return what says that no more is sent."""
+
 
 log = logging.getLogger("snitun_sync")
 
@@ -63,12 +96,14 @@ class Bridge(Handler):
         "_fresh",
         "_has_eof",
         "_is_deaf",
+        "_is_half_shut",
         "_is_shut",
         "_queue",
         "_timer",
         "_unacknowledged",
         "active_at",
         "channel",
+        "cipher",
         "device",
         "drained_at",
         "error",
@@ -76,6 +111,7 @@ class Bridge(Handler):
         "opened_at",
         "state",
         "tunnel",
+        "watcher",
     )
 
     def __init__(
@@ -97,6 +133,10 @@ class Bridge(Handler):
         self.tunnel, self.channel, self.device = tunnel, channel, device
         channel.receiver = self
         self.state = BridgeState.OPEN
+        self.watcher: Watcher | None = None
+        """Who is told when more is held, until there is a socket; of the client."""
+        self.cipher: Cipher | None = None
+        """What stands between channel and socket, if anything does; of the client."""
         self.error: SniTunError | None = None
         """Why the bridge was aborted; None while it lives and when it ended well."""
         self.held_bytes = 0
@@ -106,7 +146,7 @@ class Bridge(Handler):
         self._queue = bytearray()
         self._has_eof = False  # the socket has said its last word
         self._is_deaf = False  # the socket takes nothing any more; it may still be read
-        self._is_shut = False
+        self._is_shut = self._is_half_shut = False
         self._unacknowledged = 0  # bytes that the other side had not taken at the last look
         self._timer: Timer | None = None
         tunnel.bridges.all.add(self)
@@ -121,12 +161,16 @@ class Bridge(Handler):
 
     # --- the local socket --------------------------------------------------------
 
-    def connected(self, sock: socket.socket) -> None:
-        """Take the connected socket; the bridge closes it at once if it has ended meanwhile."""
+    def connected(self, sock: socket.socket, preface: bytes = b"") -> None:
+        """Take the connected socket; the bridge closes it at once if it has ended meanwhile.
+
+        `preface` goes to the socket before all that the device has sent.
+        """
         if self.state is BridgeState.CLOSED:
             sock.close()
             return
         self.sock = sock
+        self._queue[:0] = preface
         self._write_queue()
 
     def on_ready(self, events: int) -> None:
@@ -158,6 +202,14 @@ class Bridge(Handler):
             self.take_turn()
         else:
             self.tunnel.wait_for_turn(self.channel, is_new=True)
+            self._update()
+
+    def send_first(self, data: bytes) -> None:
+        """Send `data` into the channel, before what the socket says next."""
+        if data and self.state is BridgeState.OPEN:
+            self._first += data
+            self.tunnel.bridges.early_bytes += len(data)
+            self._first_ready()
 
     def _send_first(self, limit: int) -> int:
         """Send what was read before there was a bridge, at most `limit` bytes; return how many."""
@@ -181,7 +233,7 @@ class Bridge(Handler):
             self._local_end(None)
             return 0
         self.active_at = loop.now
-        self.tunnel.send(self.channel, data)
+        self.tunnel.send(self.channel, data if self.cipher is None else self.cipher.encrypt(data))
         return len(data)
 
     def _local_end(self, error: OSError | None) -> None:
@@ -190,6 +242,8 @@ class Bridge(Handler):
         self._has_eof = True
         if error is not None:
             self._drop_queue()
+        elif self.cipher is not None:
+            self.tunnel.send(self.channel, self.cipher.finish())
         self.tunnel.mux.close(self.channel)
         if self.state is BridgeState.FINISHING:
             self._timer = self.tunnel.loop.call_later(FINISH_S, self._unfinished)
@@ -215,7 +269,19 @@ class Bridge(Handler):
         if self.state is BridgeState.ENDING:
             self._end_step()
         else:
+            self._half_shut()
             self._update()
+
+    def _half_shut(self) -> None:
+        """Tell the socket that the device sends no more, where it has said so by TLS."""
+        if self.cipher is None or not self.cipher.is_ended or self._queue or self._is_half_shut:
+            return
+        if self.sock is not None:
+            self._is_half_shut = True
+            try:
+                self.sock.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass  # reset meanwhile: reading tells
 
     def _drop_queue(self) -> None:
         """The socket takes nothing any more; what it still says is read to its end."""
@@ -257,19 +323,27 @@ class Bridge(Handler):
         if self._is_deaf or self.state is BridgeState.CLOSED:
             return
         self.active_at = self.tunnel.loop.now
+        if self.cipher is not None:
+            self._decrypt(fresh)
+            return
+        self._give(fresh)
+        if self.watcher is not None:
+            self.watcher.look()
+
+    def _give(self, pieces: Sequence[memoryview]) -> None:
         sent = 0
         if self.sock is not None and not self._queue:
             try:
-                if len(fresh) == 1:
-                    sent = self.sock.send(fresh[0])
+                if len(pieces) == 1:
+                    sent = self.sock.send(pieces[0])
                 else:
-                    sent = self.sock.sendmsg(fresh[:IOV_MAX])
+                    sent = self.sock.sendmsg(pieces[:IOV_MAX])
             except BlockingIOError:
                 pass
             except OSError:
                 self._drop_queue()
                 return
-        for payload in fresh:
+        for payload in pieces:
             if sent >= len(payload):
                 sent -= len(payload)
             else:
@@ -281,6 +355,45 @@ class Bridge(Handler):
             self._held_changed()
             self._update()
 
+    # --- the cipher ----------------------------------------------------------------
+
+    @property
+    def held(self) -> bytearray:
+        """What is held for the socket; it stays the bridge's, and changes when more comes."""
+        return self._queue
+
+    def take_held(self) -> bytes:
+        """Return what is held, and hold it no longer."""
+        data = bytes(self._queue)
+        self._queue.clear()
+        self._held_changed()
+        return data
+
+    def secure(self, cipher: Cipher) -> None:
+        """Let `cipher` stand between channel and socket from now on; it has shaken hands."""
+        self.cipher = cipher
+        self._decrypt([memoryview(self.take_held())])
+
+    def _decrypt(self, pieces: Sequence[memoryview]) -> None:
+        """Give the socket the plaintext of what has arrived."""
+        cipher, plaintext = self.cipher, self.tunnel.bridges.plaintext()
+        assert cipher is not None
+        if cipher.is_ended:
+            return  # what may come behind the device's last word says nothing
+        try:
+            for piece in pieces:
+                cipher.receive(piece)
+                while (size := cipher.decrypt(plaintext)) and not self._is_deaf:
+                    self._give([plaintext[:size]])
+        except SniTunError as error:
+            self.send_first(cipher.pending())  # why, for the device
+            self.abort(error)
+            return
+        self.send_first(cipher.pending())
+        self._half_shut()
+
+    # --- the channel's life ----------------------------------------------------------
+
     def pause_changed(self) -> None:
         log.debug("%s: %s by the peer", self, "paused" if self.channel.is_paused else "resumed")
         self._first_ready()
@@ -289,6 +402,9 @@ class Bridge(Handler):
     def channel_ended(self, *, by_peer: bool) -> None:
         if self.state is not BridgeState.CLOSED:
             self.deliver()
+        if self.watcher is not None:
+            self.close()  # nothing of it is for the endpoint yet
+        elif self.state is not BridgeState.CLOSED:
             self.state = BridgeState.ENDING
             if self._timer is not None:
                 self._timer.cancel()
@@ -359,6 +475,8 @@ class Bridge(Handler):
     def pause_peer_above(self, watermark: int) -> None:
         """Ask for no more DATA if this much is held."""
         channel, mux = self.channel, self.tunnel.mux
+        if self.watcher is not None:
+            watermark = HIGH_WATERMARK_BYTES  # it drains when the rest of a message has come
         if self.held_bytes < watermark or channel.has_paused_peer or not mux.can_pause:
             return
         if channel.state is not ChannelState.ENDED:
@@ -413,6 +531,7 @@ class Bridge(Handler):
         self._fresh = []
         self._queue = bytearray()
         self._held_changed()
+        self.watcher = self.cipher = None
         if self._first:
             self.tunnel.bridges.early_bytes -= len(self._first)
             self._first = b""

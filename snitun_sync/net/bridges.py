@@ -5,6 +5,9 @@ from __future__ import annotations
 from ..errors import ChannelError
 from .tuning import PRESSURE_OVER_SHARE, PRESSURE_SHARE, RESUME_READING_SHARE, SUSPEND_S
 
+# One for all bridges, and none where there is no cipher.
+PLAINTEXT_BYTES = 64 * 1024
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .bridge import Bridge
@@ -15,6 +18,7 @@ class Bridges:
     """See the head of this file."""
 
     __slots__ = (
+        "_plaintext",
         "aborted",
         "all",
         "early_bytes",
@@ -42,6 +46,7 @@ class Bridges:
         """Tunnels that are not read until there is room again."""
         self.opened = self.aborted = 0
         """How many bridges there were, and how many of them didn't end well."""
+        self._plaintext = memoryview(b"")
         self.ended_received_bytes = self.ended_sent_bytes = 0
         """What the channels carried that are over, as seen from the tunnel."""
 
@@ -51,6 +56,12 @@ class Bridges:
         self.aborted += bridge.error is not None
         self.ended_received_bytes += bridge.channel.received_bytes
         self.ended_sent_bytes += bridge.channel.sent_bytes
+
+    def plaintext(self) -> memoryview:
+        """Return the buffer for what is on its way out of a cipher; it lasts until the next use."""
+        if not self._plaintext:
+            self._plaintext = memoryview(bytearray(PLAINTEXT_BYTES))
+        return self._plaintext
 
     def carried_bytes(self) -> tuple[int, int]:
         """Return what all channels so far have received from the tunnel, and sent into it."""

@@ -11,7 +11,14 @@ import logging
 import threading
 import time
 
-from ..errors import ConfigurationError, LostError, MisuseError, SniTunError, UsageError
+from ..errors import (
+    ConfigurationError,
+    LostError,
+    MisuseError,
+    SniTunError,
+    UsageError,
+    wrong_setting,
+)
 from ..protocol.aes import load
 from ..protocol.names import parse_address
 from .bridges import Bridges
@@ -38,9 +45,9 @@ log = logging.getLogger("snitun_sync")
 
 
 def bounded(value: float, option: str, least: float, most: float, unit: str) -> float:
-    """Return the value of an option. Raises UsageError where it is out of its bounds."""
+    """Return the value of an option. Raises ConfigurationError where it is out of its bounds."""
     if not least <= value <= most:
-        raise UsageError(f"{option}: {value:g} {unit}; expected {least:g} to {most:g}")
+        raise wrong_setting(option, f"{value:g} {unit}; expected {least:g} to {most:g}")
     return value
 
 

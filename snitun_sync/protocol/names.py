@@ -5,7 +5,7 @@ One way to compare names, one to write HOST:PORT.
 
 from __future__ import annotations
 
-from ..errors import ConfigurationError, UsageError
+from ..errors import ConfigurationError, wrong_setting
 
 MAX_HOSTNAME = 253  # RFC 1035, without the trailing dot
 MAX_SHOWN = 40
@@ -85,8 +85,7 @@ def parse_address(
     expected += ", [IPV6]:PORT" + (" or unix:/PATH" if can_be_unix else "")
 
     def wrong(reason: str) -> ConfigurationError:
-        kind = UsageError if name.startswith("--") else ConfigurationError
-        return kind(f"{name}: {reason} in {shown(text)}; expected {expected}")
+        return wrong_setting(name, f"{reason} in {shown(text)}; expected {expected}")
 
     if text.startswith("unix:"):
         if not can_be_unix or not text[5:].startswith("/"):

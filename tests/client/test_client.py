@@ -35,7 +35,7 @@ from snitun_sync.net.connecting import Connecting
 from snitun_sync.net.tuning import PROVING_FRAMES
 from snitun_sync.protocol import frame
 from snitun_sync.protocol.cipher import CIPHERS
-from tests.services import Raw, RawRelay, is_idle, receive_exactly, refusing_port
+from tests.services import Raw, RawRelay, connector, is_idle, receive_exactly, refusing_port
 from tests.support import WAIT_S, Credentials, Endpoint, HungEndpoint, client_hello, wait_until
 
 ECHO = client_hello() + b"ECHO\nhello"
@@ -449,13 +449,13 @@ def test_a_full_queue_of_connects_never_keeps_the_relay_waiting(
                 raw.send(frame.CLOSE, channel_id)
             raw.new(b"c" * 16)
             wait_until(lambda: [b.channel.id for b in tuple(client.bridges.all)] == [b"c" * 16])
-            wait_until(lambda: len(client.endpoint._opening) == 1)  # nobody waits for the others
+            wait_until(lambda: len(connector(client)._opening) == 1)  # nobody waits for the others
             for number in range(OPENING_LIMIT):
                 raw.new((number + 1 << 64).to_bytes(16, "big"))
             wait_until(lambda: len(client.bridges.all) > OPENING_LIMIT // 2)
         with relay.tunnel():
             assert client.wait_until_up(10)
-            assert not client.endpoint._opening
+            assert not connector(client)._opening
 
 
 # --- channels and endpoints --------------------------------------------------------------
@@ -564,7 +564,7 @@ def test_an_endpoint_s_name_is_resolved_on_a_worker(
     with running(relay, f"localhost:{endpoint.port}") as client, relay.tunnel() as raw:
         for number in range(3):
             open_echo(raw, bytes([number]) * 16)
-        assert client.endpoint._workers._threads <= 2
+        assert connector(client)._workers._threads <= 2
     with running(relay, "no-such-name.invalid:80"), relay.tunnel() as raw:
         for number in range(3):
             raw.new(bytes([number]) * 16)
@@ -577,17 +577,17 @@ def test_channels_don_t_wait_for_a_name_for_ever(
     relay: RawRelay, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     release = threading.Event()
-    monkeypatch.setattr(endpoint_module, "CONNECT_S", 0.3)
     monkeypatch.setattr(endpoint_module, "blocking_resolve", lambda _: release.wait(WAIT_S) and [])
-    with running(relay, "hanging.example:80") as client, relay.tunnel() as raw:
+    hangs = running(relay, "hanging.example:80", connect_timeout_s=0.3)
+    with hangs as client, relay.tunnel() as raw:
         for number in range(2):  # the second time, the resolver hangs already
             raw.new(bytes([number]) * 16)
             assert raw.receive_flow(frame.CLOSE)[0] == bytes([number]) * 16
-        assert client.endpoint._workers._threads == 1
+        assert connector(client)._workers._threads == 1
         release.set()
-        wait_until(lambda: not client.endpoint._is_resolving)
-        assert client.endpoint._timer is None
-    assert "its name is not resolved within 0 s" in caplog.text
+        wait_until(lambda: not connector(client)._is_resolving)
+        assert connector(client)._timer is None
+    assert "its name is not resolved within 0.3 s" in caplog.text
 
 
 def test_a_defect_in_the_client_s_own_code_ends_it(
@@ -641,7 +641,7 @@ def test_a_unix_endpoint_whose_queue_is_full_is_asked_again(
         with running(relay, f"unix:{path}") as client, relay.tunnel() as raw:
             raw.new(b"c" * 16)
             raw.send(frame.DATA, b"c" * 16, data=b"hello")
-            wait_until(lambda: client.endpoint._opening)
+            wait_until(lambda: connector(client)._opening)
             listener.accept()[0].close()
             sock, _ = listener.accept()
             with sock:

@@ -587,7 +587,7 @@ def test_ended_while_one_is_under_way(
                     probe_address=relay.address,
                 )
             )
-            wait_until(lambda: str(client.endpoint) == other.address)
+            wait_until(lambda: str(client.endpoints) == other.address)
         endpoint.hang_up()
         wait_until(lambda: not workers() or client.probe)
         if how == "another endpoint":

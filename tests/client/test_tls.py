@@ -154,6 +154,11 @@ def test_what_counts_is_what_is_in_the_files(tmp_path: Path) -> None:
     assert str(certificate) == f"{files.cert}, valid until {utc(certificate.not_after)} UTC"
 
 
+def name_of(value: object) -> str | None:
+    """Name a case without its keys, which are others in each process."""
+    return "pem" if "-----BEGIN" in str(value) else None
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -162,6 +167,7 @@ def test_what_counts_is_what_is_in_the_files(tmp_path: Path) -> None:
         "Zoë's own\n" + (CERT + AUTHORITY + key_pem()).replace("\n", "\r\n"),
         cert_pem(RSA_KEY) + key_pem(RSA_KEY),
     ],
+    ids=name_of,
 )
 def test_the_key_may_be_in_the_same_file(tmp_path: Path, text: str) -> None:
     files = Files(tmp_path, text)
@@ -206,6 +212,7 @@ def test_the_key_may_be_in_the_same_file(tmp_path: Path, text: str) -> None:
             re.compile("--tls-cert: no device takes the certificate in cert.pem: .* purpose"),
         ),
     ],
+    ids=name_of,
 )
 def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, cert: Any, key: Any, line: Any) -> None:
     files = Files(tmp_path)
