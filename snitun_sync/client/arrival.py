@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..net.bridge import Bridge
     from ..net.loop import Timer
+    from .endpoint import Target
     from .endpoints import Endpoints, Route
     from .tls import TlsStream
 
@@ -176,7 +177,7 @@ class Arrival:
         """There is no connection."""
         self._bridge.abort(error)
 
-    def cancel(self) -> None:
+    def cancel(self, bridge: Target) -> None:
         """The bridge is closed."""
         self._settle()
         if self._route is not None:

@@ -10,7 +10,6 @@ import logging
 from functools import partial
 
 from ..net.workers import Workers
-from .arrival import Arrival
 from .endpoint import Endpoint
 from .settings import ANY, EndpointSettings
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..net.bridge import Bridge
     from ..net.loop import Timer
+    from .arrival import Arrival
     from .client import Client
     from .handlers import Handlers
     from .health import Health
@@ -29,7 +29,7 @@ log = logging.getLogger("snitun_sync")
 
 # RFC 8737: who asks for it gets a certificate that proves whom a name belongs to.
 ACME_ALPN = b"acme-tls/1"
-# TLS handshakes under way: each takes some 100 KiB. One more, and the oldest is dropped.
+# TLS handshakes under way: each takes some 45 KiB. One more, and the oldest is dropped.
 MAX_HANDSHAKES = 512
 # One at a time: the others' turns come soon enough, and a second core is for the loop.
 HANDSHAKE_THREADS = 1
@@ -171,15 +171,15 @@ class Endpoints:
             self._stages[bridge] = only.connector
             only.connector.connect(bridge)
         else:
+            from .arrival import Arrival  # noqa: PLC0415  where nobody looks, it isn't needed
+
             arrival = self._stages[bridge] = Arrival(self, bridge)
             arrival.begin()
 
     def cancel(self, bridge: Bridge) -> None:
         """The bridge is closed."""
         stage = self._stages.pop(bridge, None)
-        if isinstance(stage, Arrival):
-            stage.cancel()
-        elif stage is not None:
+        if stage is not None:
             stage.cancel(bridge)
 
     def find(self, hostname: str, offered: Sequence[bytes] = ()) -> Route | None:
