@@ -716,10 +716,10 @@ def test_health_over_http(answer: bytes | None, said: str, tmp_path: Path) -> No
             connect_timeout_s=0.2 if answer is None else 10,
             proxy_protocol="v1",
         )
+        health = client.endpoints.routes[0].health
+        assert health is not None
+        assert health.failure == f"endpoint {service.address} is not checked yet"
         with client:
-            health = client.endpoints.routes[0].health
-            assert health is not None
-            assert health.failure == f"endpoint {service.address} is not checked yet"
             wait_until(lambda: health.checked_at)
             assert health.failure == (said and f"endpoint {service.address}: {said}")
             over.set()
