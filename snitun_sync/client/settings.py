@@ -129,11 +129,11 @@ class EndpointSettings:
 
 
 def split_endpoint(text: str) -> tuple[str, str]:
-    """Return name and address of `NAME=ADDRESS`, or of an address alone."""
+    """Return address and name of `NAME=ADDRESS`, or of an address alone."""
     name, equals, address = text.partition("=")
     if not equals or ":" in name or "/" in name:  # the path of a unix socket may have a `=`
-        return ANY, text
-    return name, address
+        return text, ANY
+    return address, name
 
 
 def _pattern(name: str, option: str) -> str:
@@ -158,13 +158,6 @@ class Settings:
         endpoint: str | Sequence[str] = ENDPOINT,
         *,
         endpoints: Sequence[EndpointSettings] = (),
-        tls_cert: str = "",
-        tls_key: str = "",
-        tls_alpn: str = "",
-        proxy_protocol: str = "",
-        health_interval_s: float = 0.0,
-        health_path: str = "",
-        connect_timeout_s: float = CONNECT_S,
         acme_endpoint: str = "",
         allow: Sequence[str] = (),
         allow_file: str = "",
@@ -187,12 +180,13 @@ class Settings:
         crypto: str = "",
         admin: str = "",
         admin_token: str = "",
+        **of_endpoint: Any,
     ) -> None:
         """Check and take the settings. Raises ConfigurationError, which names the option.
 
         `ticket`: parsed or as text; `endpoint`: HOST:PORT, [IPV6]:PORT or unix:/PATH, or several
-        of them with the names that lead there, NAME=ADDRESS; `tls_cert` to `connect_timeout_s`
-        are for all of them (see EndpointSettings); `endpoints`: more, each with its own
+        of them with the names that lead there, NAME=ADDRESS; `of_endpoint`: what else
+        EndpointSettings takes, for all of them; `endpoints`: more, each with its own
         settings; `acme_endpoint`: where connections go that ask for acme-tls/1; `allow`, `block`:
         networks (CIDR) from which devices may come, or not, and files of them; `server`: the
         relay, instead of the ticket's; `proxy`: http://… or socks5://… (see
@@ -209,24 +203,8 @@ class Settings:
         """
         self.ticket = Ticket.parse(ticket) if isinstance(ticket, str) else ticket
         texts = [endpoint] if isinstance(endpoint, str) else endpoint
-        named = map(split_endpoint, texts)
-        self.endpoints = [
-            *(
-                EndpointSettings(
-                    address,
-                    name,
-                    tls_cert=tls_cert,
-                    tls_key=tls_key,
-                    tls_alpn=tls_alpn,
-                    proxy_protocol=proxy_protocol,
-                    health_interval_s=health_interval_s,
-                    health_path=health_path,
-                    connect_timeout_s=connect_timeout_s,
-                )
-                for name, address in named
-            ),
-            *endpoints,
-        ]
+        named = [EndpointSettings(*split_endpoint(text), **of_endpoint) for text in texts]
+        self.endpoints = [*named, *endpoints]
         self._check_names()
         self.acme_endpoint: Address | None = None
         if acme_endpoint:
