@@ -199,8 +199,14 @@ class Client(Service):
 
         settings = EndpointSettings(None, hostname, tls_cert=tls_cert, tls_key=tls_key)
         name = self.settings.ticket.hostname or "localhost"
-        make = partial(WsgiConversation, app, scheme="https", hostname=name)
-        handlers = Handlers(self.loop, make, threads, waiting, waits_first=True)
+        make = partial(
+            WsgiConversation,
+            app,
+            scheme="https",
+            hostname=name,
+            others_wait=lambda: handlers.has_waiting,
+        )
+        handlers: Handlers = Handlers(self.loop, make, threads, waiting, waits_first=True)
         self.endpoints.add(settings, handlers)
 
     @property
@@ -581,6 +587,7 @@ class Client(Service):
 
     def _refuse_channels(self) -> None:
         self._is_refusing = True
+        self.endpoints.drain()
         self._stop_if_done()
 
     def _is_drained(self) -> bool:

@@ -157,6 +157,10 @@ class Endpoints:
     def _certificate(self, settings: EndpointSettings) -> Certificate | None:
         return self._client.settings.certificates.get(settings.tls)
 
+    def _handlers(self) -> list[Handlers]:
+        connectors = [route.connector for route in self._own]
+        return [each for each in connectors if not isinstance(each, Endpoint)]
+
     # --- devices -------------------------------------------------------------------
 
     def connect(self, bridge: Bridge) -> None:
@@ -233,14 +237,18 @@ class Endpoints:
                 log.error("%s; %s", error, then)
         self._client.tell()
 
+    def drain(self) -> None:
+        """The client stops: wait for nothing that devices might still want."""
+        for handlers in self._handlers():
+            handlers.drain()
+
     def close(self) -> None:
         """Free what the endpoints own."""
         for route in self.routes:
             if route.health is not None:
                 route.health.close()
-        for route in self._own:
-            if not isinstance(route.connector, Endpoint):
-                route.connector.close()
+        for handlers in self._handlers():
+            handlers.close()
         if self._timer is not None:
             self._timer.cancel()
         self.handshakers.close()

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
         def run(self) -> bool:
             """Go on with it; return whether it is to be run again once more has arrived.
 
-            Never called twice at a time. An exception ends the connection, and nothing else.
+            Never called twice at a time. An exception cuts the connection, and nothing else; an
+            EndpointError, for a reason that isn't a defect.
             """
 
     Make = Callable[[socket.socket, str], Conversation]
@@ -51,6 +52,8 @@ log = logging.getLogger("snitun_sync")
 # How long a thread stays that has nothing to do, and a connection that says nothing.
 THREAD_IDLE_S = 10.0
 IDLE_S = 60.0
+# The same for a connection as the client stops: what was on its way is still served.
+LAST_S = 1.0
 
 
 class Call:
@@ -101,7 +104,7 @@ class Handlers:
         self._waiting: dict[_Served, None] = {}  # for a thread, in their order
         self._parked: dict[_Served, None] = {}  # since when they are: the oldest first
         self._timer: Timer | None = None  # while any are parked
-        self._is_closed = False
+        self._is_closed = self._is_draining = False
         self.running = 0
         """How many threads are at work."""
         self.failures = 0
@@ -111,6 +114,11 @@ class Handlers:
 
     def __str__(self) -> str:
         return "this process"
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether connections wait for a thread; may be asked on any."""
+        return bool(self._waiting)
 
     def connect(self, target: Caller) -> None:
         """Open a connection: call the target's `connected`, or its `abort`, now or later."""
@@ -131,7 +139,16 @@ class Handlers:
         """
         served = self._served.pop(target, None)
         if served is not None and not served.is_running:
-            self._forget(served)
+            self.forget(served)
+
+    def drain(self) -> None:
+        """The client stops: serve what is under way or comes soon, and park nobody any more."""
+        self._is_draining = True
+        for served in self._parked:
+            served.parked_until = self.loop.now + LAST_S
+        if self._timer is not None:
+            self._timer.cancel()
+            self._end_idle()
 
     def close(self) -> None:
         """Run nothing any more, and close what waits or is parked.
@@ -162,9 +179,18 @@ class Handlers:
         """Cut the connection, for a reason that is not the device's."""
         self.failures += 1
         self.failure = why
-        self._served.pop(served.target, None)
         served.target.abort(EndpointError(why))  # before it could see a good end
-        self._forget(served)
+        self.forget(served)
+
+    def forget(self, served: _Served) -> None:
+        """Free all that it has; it doesn't run."""
+        self._served.pop(served.target, None)
+        self._waiting.pop(served, None)
+        self._parked.pop(served, None)
+        if self._timer is not None and not self._parked:
+            self._timer.cancel()
+            self._timer = None
+        served.close()
 
     def _open(self, served: _Served) -> socket.socket | None:
         """Make the pair and return the bridge's end; None if it can't be had."""
@@ -179,10 +205,8 @@ class Handlers:
 
     def _run(self, served: _Served) -> None:
         sock = None
-        if served.sock is None:
-            sock = self._open(served)
-            if sock is None:
-                return
+        if served.sock is None and (sock := self._open(served)) is None:
+            return
         served.is_running = self._workers.submit(served.blocking_run, self._ran)
         if served.is_running:
             self.running += 1
@@ -198,18 +222,22 @@ class Handlers:
         self.running -= 1
         served.is_running = False
         failure, served.failure = served.failure, None
-        target = served.target
-        is_gone = target not in self._served
-        if failure is not None and not (is_gone and isinstance(failure, ConnectionError)):
-            log.error("defect in handler of %s", target.device or "a device", exc_info=failure)
-        if served.goes_on and not is_gone and served.fileno() >= 0:
+        is_gone = served.target not in self._served
+        why = str(failure)
+        if not (isinstance(failure, EndpointError) or failure is None):
+            why = f"its handler failed: {type(failure).__name__}"
+            if not (is_gone and isinstance(failure, ConnectionError)):
+                device = served.target.device or "a device"
+                log.error("defect in handler of %s", device, exc_info=failure)
+        if is_gone:
+            self.forget(served)
+        elif failure is not None:
+            self.abort(served, why)
+        elif served.goes_on and not self._is_draining and served.fileno() >= 0:
             self._park(served)
-        elif failure is not None and not is_gone:
-            self.abort(served, f"its handler failed: {type(failure).__name__}")
         else:
             self.failure = ""
-            self._served.pop(target, None)
-            self._forget(served)
+            self.forget(served)
         while self._waiting and self.running < self._threads:
             served = next(iter(self._waiting))
             del self._waiting[served]
@@ -218,11 +246,12 @@ class Handlers:
     # --- who is parked ---------------------------------------------------------------
 
     def _park(self, served: _Served) -> None:
-        served.parked_until = self.loop.now + IDLE_S
+        idle_s = LAST_S if self._is_draining else IDLE_S
+        served.parked_until = self.loop.now + idle_s
         self._parked[served] = None
         self.loop.watch(served, READ)
         if self._timer is None:
-            self._timer = self.loop.call_later(IDLE_S, self._end_idle)
+            self._timer = self.loop.call_later(idle_s, self._end_idle)
 
     def _end_idle(self) -> None:
         """End those whose time is over; come again when the next one's is."""
@@ -233,17 +262,7 @@ class Handlers:
             if left_s > 0:
                 self._timer = self.loop.call_later(left_s, self._end_idle)
                 return
-            self._served.pop(served.target, None)
-            self._forget(served)
-
-    def _forget(self, served: _Served) -> None:
-        """Free all that it has; it doesn't run."""
-        self._waiting.pop(served, None)
-        self._parked.pop(served, None)
-        if self._timer is not None and not self._parked:
-            self._timer.cancel()
-            self._timer = None
-        served.close()
+            self.forget(served)
 
 
 class _Served(Handler):
@@ -288,8 +307,16 @@ class _Served(Handler):
         return self.sock.fileno() if self.sock is not None else -1
 
     def on_ready(self, events: int) -> None:
+        assert self.sock is not None
         self._handlers.loop.watch(self, 0)
-        self._handlers.proceed(self)
+        try:
+            is_over = not self.sock.recv(1, socket.MSG_PEEK)
+        except OSError:
+            is_over = True
+        if is_over:  # no thread is needed to see that
+            self._handlers.forget(self)
+        else:
+            self._handlers.proceed(self)
 
     def fail(self, error: Exception) -> None:
         self._handlers.abort(self, f"a defect: {error!r}")

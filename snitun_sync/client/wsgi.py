@@ -19,7 +19,7 @@ import time
 from wsgiref.handlers import format_date_time
 from wsgiref.util import FileWrapper, is_hop_by_hop
 
-from ..errors import MisuseError, ViolationError
+from ..errors import EndpointError, MisuseError, ViolationError
 from ..protocol.http_head import END, NAME, VALUE, parse_head
 
 TYPE_CHECKING = False
@@ -38,12 +38,15 @@ log = logging.getLogger("snitun_sync")
 
 HEAD_BYTES = 64 * 1024
 FIELDS = 100
-# From a head's first byte to its last; and for each step of a body or an answer.
+# From a head's first byte to its last.
 HEAD_S = 20.0
-STEP_S = 60.0
+# How long a request's thread waits for the device in all, and while others wait for a thread.
+# What is sent or received earns it more time, at this rate.
+WAIT_S = 60.0
+URGENT_S = 5.0
+LEAST_BYTES_PER_S = 1024
 # What the application leaves of a body is read to this extent: the next request comes behind it.
 DRAIN_BYTES = 256 * 1024
-DRAIN_S = 10.0
 # The size of a chunk, its extensions; a line of a trailer.
 LINE_BYTES = 4096
 TRAILER_LINES = 100
@@ -56,21 +59,17 @@ _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[\t ]*(;[\t -~\x80-\xff]*)?")
 # No 1xx: those are this server's own.
 _STATUS = re.compile(r"[2-9][0-9]{2}( [\t -~\x80-\xff]*)?")
-_REASONS = {
-    400: "Bad Request",
-    408: "Request Timeout",
-    431: "Request Header Fields Too Large",
-    500: "Internal Server Error",
-    501: "Not Implemented",
-}
+_BAD = "400 Bad Request"
+_TOO_LARGE = "431 Request Header Fields Too Large"
+_TIMEOUT = "408 Request Timeout"
 
 
 class OverError(OSError):
     """The connection can't go on. An OSError: what applications take for a device that is gone."""
 
-    def __init__(self, status: int, reason: str) -> None:
-        """`status` is what the device is told if it was told nothing yet; 0: it is gone."""
-        super().__init__(reason)
+    def __init__(self, status: str, why: str) -> None:
+        """`status` is what the device is told if it was told nothing yet; "": it is gone."""
+        super().__init__(why)
         self.status = status
 
 
@@ -85,35 +84,39 @@ class WsgiConversation:
         *,
         scheme: str = "http",
         hostname: str = "localhost",
+        others_wait: Callable[[], bool] = bool,
     ) -> None:
         """`device` is its address as text, "" if unknown. The connection's owner closes it.
 
         `scheme`: "https" where the device's TLS has ended before it came here; `hostname`: the
-        server's for a device that names none, in HTTP/1.0.
+        server's for a device that names none, in HTTP/1.0. `others_wait` tells whether others
+        want the thread.
         """
         self.app, self.device, self.scheme, self.hostname = app, device, scheme, hostname
         self.received = bytearray()
         """What has come and wasn't read yet: as a head, or out of a body."""
-        self._sock = connection
+        self._sock, self._others_wait = connection, others_wait
         self._head_until = 0.0  # when a head that has begun must be whole
+        self._waited_s = 0.0  # for the device, less what it has earned since
         self.is_head = False
         """Whether the request is HEAD: no answer to it has a body."""
         self.over: OverError | None = None
         """The first error in receiving or sending, whatever the application made of it."""
 
     def run(self) -> bool:
-        """Serve what has come; return whether to go on when more has. It raises nothing."""
+        """Serve what has come; return whether to go on when more has.
+
+        Raises EndpointError where an answer has an end that the device could take for its own.
+        """
         try:
             while (head := self._read_head()) is not None:
                 if not self._serve(head):
                     return False
             return True
         except ViolationError as error:
-            self._refuse(400, str(error))
+            self._refuse(_BAD, str(error))
         except OverError as error:
             self._refuse(error.status, str(error))
-        except Exception:
-            log.exception("defect in %s", type(self).__name__)
         return False
 
     def _read_head(self) -> bytes | None:
@@ -122,7 +125,7 @@ class WsgiConversation:
         if END not in received:
             self._sock.settimeout(0)
             try:
-                self._receive()
+                self.receive()
             except BlockingIOError:
                 return None
         while received.startswith(b"\r\n"):  # some send one behind a body (RFC 9112, 2.2)
@@ -132,12 +135,12 @@ class WsgiConversation:
         self.is_head = received.startswith(b"HEAD ")
         end = received.find(END)
         if end > HEAD_BYTES or (end < 0 and len(received) > HEAD_BYTES):
-            raise OverError(431, f"more than {HEAD_BYTES} bytes")
+            raise OverError(_TOO_LARGE, f"more than {HEAD_BYTES} bytes")
         now = time.monotonic()
         if not self._head_until:
             self._head_until = now + HEAD_S
         elif now >= self._head_until:
-            raise OverError(408, f"no whole request within {HEAD_S:.0f} s")
+            raise OverError(_TIMEOUT, f"no whole request within {HEAD_S:.0f} s")
         if end < 0:
             return None
         head = bytes(received[:end])
@@ -148,10 +151,11 @@ class WsgiConversation:
     def _serve(self, head: bytes) -> bool:
         """Answer one request; return whether the connection goes on."""
         if head.count(b"\r\n") > FIELDS:
-            raise OverError(431, f"more than {FIELDS} fields")
+            raise OverError(_TOO_LARGE, f"more than {FIELDS} fields")
         method, target, version, fields = parse_head(head)
         environ = _environ(method, target, version, fields, self.hostname, self.scheme)
-        self._sock.settimeout(STEP_S)
+        self._sock.settimeout(URGENT_S)
+        self._waited_s = 0.0
         body = _Body(self, _body_length(version, fields))
         body.is_awaited = (
             version == "1.1"
@@ -174,75 +178,75 @@ class WsgiConversation:
         except BaseException:  # SystemExit, too: it is the application's, and ends nothing here
             over = self.over
             if over is None:
-                over = OverError(500, "")
+                over = OverError("500 Internal Server Error", "")
                 log.exception("the WSGI application failed: %s %r", method, environ["PATH_INFO"])
-            if not answer.is_begun:
-                self._refuse(over.status, str(over))
-            return False
-        return answer.goes_on and self._drain(body)
+            if answer.is_whole:
+                return False
+            if answer.is_begun:
+                raise EndpointError(f"its answer was cut: {str(over) or over.status}") from None
+            raise over from None
+        return answer.goes_on and body.drain()
 
-    def _drain(self, body: _Body) -> bool:
-        """Read what the application has left of a body; return whether it is over then."""
-        self._sock.settimeout(DRAIN_S)
-        buffer, left, until = bytearray(16384), DRAIN_BYTES, time.monotonic() + DRAIN_S
-        try:
-            while not body.is_over and left > 0 and time.monotonic() < until:
-                left -= body.readinto(buffer)
-        except OverError:
-            return False
-        return body.is_over
-
-    def _refuse(self, status: int, why: str) -> None:
+    def _refuse(self, status: str, why: str) -> None:
         """Say why the connection ends, if there is someone to say it to."""
-        log.debug("%s: answer %d, %s", self.device, status, why)
+        log.debug("%s: answer %s, %s", self.device, status or "none", why)
         if not status:
             return
-        text = f"{status} {_REASONS[status]}{': ' if why else ''}{why}\n".encode()
-        head = (
-            f"HTTP/1.1 {status} {_REASONS[status]}\r\n"
-            f"Date: {format_date_time(time.time())}\r\n"
-            "Content-Type: text/plain; charset=utf-8\r\n"
-            f"Content-Length: {len(text)}\r\n"
-            "Connection: close\r\n\r\n"
+        text = f"{status}{': ' if why else ''}{why}\n".encode()
+        head = _head(
+            status,
+            [
+                ("Content-Type", "text/plain; charset=utf-8"),
+                ("Content-Length", str(len(text))),
+                ("Connection", "close"),
+            ],
         )
         try:
-            self._sock.settimeout(STEP_S)
-            self.send(head.encode() + (b"" if self.is_head else text))
-        except OSError:
+            self._sock.settimeout(URGENT_S)
+            self._waited_s = 0.0
+            self.send(head if self.is_head else head + text)
+        except OverError:
             pass  # it is gone
 
     # --- the connection --------------------------------------------------------------
 
     def receive(self) -> None:
-        """Wait for more of the request. Raises OverError."""
-        try:
-            self._receive()
-        except OverError as error:
-            self.over = error
-            raise
-
-    def _receive(self) -> None:
-        try:
-            data = self._sock.recv(RECEIVE_BYTES)
-        except BlockingIOError:
-            raise
-        except socket.timeout:
-            raise OverError(408, f"nothing more of the body within {STEP_S:.0f} s") from None
-        except OSError as error:
-            raise OverError(0, f"receiving: {error}") from None
-        if not data:
-            raise OverError(0, "the device has ended its connection")
-        self.received += data
+        """Get more of what the device sends. Raises OverError, BlockingIOError between requests."""
+        data = bytearray(RECEIVE_BYTES)
+        size = self._step(self._sock.recv_into, data)
+        if not size:
+            raise self.fail("", "the device has ended its connection")
+        self.received += memoryview(data)[:size]
 
     def send(self, data: bytes) -> None:
-        """Send all of it, however slowly it is taken. Raises OverError."""
+        """Send all of it. Raises OverError."""
         view = memoryview(data)
-        try:
-            while view:
-                view = view[self._sock.send(view) :]  # not sendall: its time limit is for all
-        except OSError as error:
-            self.over = OverError(0, f"sending: {error}")
-            raise self.over from None
+        while view:
+            view = view[self._step(self._sock.send, view) :]
+
+    def _step(self, move: Callable[[Any], int], data: Any) -> int:
+        """Receive or send once, and return how much."""
+        size = None
+        while size is None:
+            begin = time.monotonic()
+            try:
+                size = move(data)
+            except BlockingIOError:
+                raise
+            except socket.timeout:
+                pass  # others may wait by now
+            except OSError as error:
+                raise self.fail("", str(error)) from None
+            waited_s = self._waited_s + time.monotonic() - begin
+            self._waited_s = max(0.0, waited_s - (size or 0) / LEAST_BYTES_PER_S)
+            if self._waited_s > WAIT_S or (self._waited_s > URGENT_S and self._others_wait()):
+                raise self.fail(_TIMEOUT, f"waited {self._waited_s:.0f} s for the device")
+        return size
+
+    def fail(self, status: str, why: str) -> OverError:
+        """Return the error that nothing is received or sent after."""
+        self.over = self.over or OverError(status, why)
+        return self.over
 
 
 class _Body(io.RawIOBase):
@@ -256,19 +260,14 @@ class _Body(io.RawIOBase):
         self.is_over = length == 0
         self.is_awaited = False
         """Whether the device sends it only when it is told to (RFC 9110, 10.1.1)."""
-        self._has_chunk = False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         """Read some of it, 0 bytes at its end. Raises OverError, also if it ends too early."""
-        try:
-            if self._is_chunked and not self._left and not self.is_over:
-                self._next_chunk()
-        except ViolationError as error:
-            self._conversation.over = OverError(400, str(error))
-            raise self._conversation.over from None
+        if self._is_chunked and not self._left and not self.is_over:
+            self._next_chunk()
         if self.is_over:
             return 0
         received = self._received()
@@ -277,13 +276,26 @@ class _Body(io.RawIOBase):
             buffer[:size] = view[:size]
         del received[:size]
         self._left -= size
-        self.is_over = not (self._left or self._is_chunked)
+        if not self._left:
+            self.is_over = not self._is_chunked
+            if self._is_chunked and self._line():
+                raise self._conversation.fail(_BAD, "a chunk; expected CRLF behind its data")
         return size
 
     def can_be_drained(self) -> bool:
         """Tell whether it can be read to its end, where the application doesn't."""
         is_whole = self._conversation.over is None
         return is_whole and not self.is_awaited and self._left <= DRAIN_BYTES
+
+    def drain(self) -> bool:
+        """Read what the application has left of it; return whether it is over then."""
+        buffer, left = bytearray(16 * 1024), DRAIN_BYTES
+        try:
+            while not self.is_over and left > 0:
+                left -= self.readinto(buffer)
+        except OverError:
+            return False
+        return self.is_over
 
     def _received(self) -> bytearray:
         """Return what has come, wait for it if nothing has."""
@@ -299,25 +311,25 @@ class _Body(io.RawIOBase):
 
     def _next_chunk(self) -> None:
         """Read up to where the next chunk's data begins, or the body is over."""
-        if self._has_chunk and self._line():
-            raise ViolationError("a chunk; expected CRLF behind its data")
         line = _CHUNK.fullmatch(self._line())
         if line is None:
-            raise ViolationError("a chunk's first line; expected its size")
-        self._left, self._has_chunk = int(line[1], 16), True
+            raise self._conversation.fail(_BAD, "a chunk's first line; expected its size")
+        self._left = int(line[1], 16)
         if not self._left:
             for _ in range(TRAILER_LINES):
                 if not self._line():
                     self.is_over = True
                     return
-            raise ViolationError(f"a trailer; expected at most {TRAILER_LINES} lines")
+            raise self._conversation.fail(
+                _BAD, f"a trailer; expected {TRAILER_LINES} lines at most"
+            )
 
     def _line(self) -> bytes:
         received = self._received()
         while (end := received.find(b"\r\n")) < 0 and len(received) <= LINE_BYTES:
             self._conversation.receive()
         if not 0 <= end <= LINE_BYTES:
-            raise ViolationError(f"a chunked body; expected lines of at most {LINE_BYTES} bytes")
+            raise self._conversation.fail(_BAD, f"a chunk; expected lines of {LINE_BYTES} bytes")
         line = bytes(received[:end])
         del received[: end + 2]
         return line
@@ -332,8 +344,8 @@ class _Answer:
         self._conversation, self._body, self._version = conversation, body, version
         self.goes_on = goes_on
         """Whether the device and this answer let the connection go on."""
-        self.is_begun = False
-        """Whether the head is sent."""
+        self.is_begun = self.is_whole = False
+        """Whether the head is sent; whether all of it is."""
         self._status, self._headers = "", [("", "")]
         self._has_body = True
         self._is_chunked = False
@@ -341,13 +353,9 @@ class _Answer:
 
     def start(self, status: str, headers: Headers, exc_info: Any = None) -> Callable[..., None]:
         """PEP 3333's start_response."""
-        if exc_info:
-            try:
-                if self.is_begun:
-                    raise exc_info[1].with_traceback(exc_info[2])
-            finally:
-                exc_info = None  # it refers to this frame
-        elif self._status:
+        if exc_info and self.is_begun:
+            raise exc_info[1]
+        if self._status and not exc_info:
             raise MisuseError("start_response is called again, without exc_info")
         if _STATUS.fullmatch(status) is None:
             raise MisuseError(f"the status {status!r}; expected such as '200 OK'")
@@ -360,6 +368,7 @@ class _Answer:
         if len(lengths) > 1 or not all(map(_LENGTH.fullmatch, lengths)):
             raise MisuseError(f"Content-Length {', '.join(lengths)}; expected one number")
         self._status, self._headers = status, list(headers)
+        self._left = int(lengths[0]) if lengths else None
         return self.write
 
     def write(self, data: bytes) -> None:
@@ -368,25 +377,26 @@ class _Answer:
 
     def send_all(self, result: Iterable[bytes]) -> None:
         """Send what the application has returned, to the end of the answer."""
-        is_whole = isinstance(result, (list, tuple)) and len(result) == 1
+        is_one = isinstance(result, (list, tuple)) and len(result) == 1
         for data in result:
-            self._write(data, len(data) if is_whole else None)
+            self._write(data, len(data) if is_one else None)
             if self.is_begun and not self._has_body:
-                return
+                break
         if not self.is_begun:
             # Empty; but what a GET would get isn't known by an answer to HEAD.
-            self._conversation.send(self._head(None if self._conversation.is_head else 0))
+            self._conversation.send(self._begin(None if self._conversation.is_head else 0))
         elif self._is_chunked:
             self._conversation.send(b"0\r\n\r\n")
         if self._has_body and self._left:
             raise MisuseError(f"the answer has {self._left} bytes fewer than its Content-Length")
+        self.is_whole = True
 
     def _write(self, data: bytes, length: int | None) -> None:
         if not isinstance(data, bytes):
             raise MisuseError(f"{type(data).__name__} in an answer; expected bytes")
         if not data:
             return
-        head = b"" if self.is_begun else self._head(length)
+        head = b"" if self.is_begun else self._begin(length)
         excess = 0  # what is too much
         if not self._has_body:
             data = b""
@@ -398,58 +408,54 @@ class _Answer:
             self._left -= len(data)
         self._conversation.send(head + data if head else data)
         if excess > 0:
-            raise MisuseError(
-                f"the answer has {excess} bytes more than its Content-Length, or more"
-            )
+            raise MisuseError(f"the answer has {excess} bytes more than its Content-Length")
 
-    def _head(self, length: int | None) -> bytes:
+    def _begin(self, length: int | None) -> bytes:
         """Return the answer's head: `length` is that of its body, if it is known by now."""
         if not self._status:
             raise MisuseError("an answer without start_response")
-        status, code = self._status, self._status[:3]
-        fields = {name.lower(): value for name, value in self._headers}
+        code, headers = self._status[:3], self._headers
         is_empty = code in ("204", "304")
         self._has_body = not (is_empty or self._conversation.is_head)
         self.goes_on = self.goes_on and self._body.can_be_drained()
         self._body.is_awaited = False  # a final answer: it is too late to ask for it
-        headers = self._headers
         if code == "204":  # RFC 9110, 8.6
             headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
-        elif "content-length" in fields:
-            self._left = int(fields["content-length"])
-        elif length is not None and not is_empty:
+        elif self._left is None and length is not None and not is_empty:
             headers.append(("Content-Length", str(length)))
             self._left = length
-        elif self._has_body and self._version == "1.1":
+        elif self._left is None and self._has_body and self._version == "1.1":
             headers.append(("Transfer-Encoding", "chunked"))
             self._is_chunked = True
-        elif self._has_body:
+        elif self._left is None and self._has_body:
             self.goes_on = False  # its end is the connection's
-        if "date" not in fields:
-            headers.append(("Date", format_date_time(time.time())))
-        if "server" not in fields:
-            headers.append(("Server", "snitun_sync"))
         if not self.goes_on:
             headers.append(("Connection", "close"))
         elif self._version == "1.0":
             headers.append(("Connection", "keep-alive"))
-        lines = [f"HTTP/1.1 {status if status[3:] else status + ' '}\r\n"]
-        lines.extend(f"{name}: {value}\r\n" for name, value in headers)
         self.is_begun = True
-        return "".join((*lines, "\r\n")).encode("latin-1")
+        return _head(self._status, headers)
+
+
+def _head(status: str, headers: Headers) -> bytes:
+    """Return an answer's head, with what it must say besides."""
+    names = {name.lower() for name, _ in headers}
+    lines = [f"HTTP/1.1 {status if status[3:] else status + ' '}"]
+    lines += (f"{name}: {value}" for name, value in headers)
+    if "date" not in names:
+        lines.append(f"Date: {format_date_time(time.time())}")
+    return "\r\n".join((*lines, "", "")).encode("latin-1")
 
 
 def _body_length(version: str, fields: Fields) -> int | None:
     """Return how long the request's body is, None if it comes in chunks (RFC 9112, 6.3)."""
-    length, coding = fields.get("content-length"), fields.get("transfer-encoding")
+    length, coding = fields.get("content-length", "0"), fields.get("transfer-encoding")
     if coding is not None:
-        if length is not None or version != "1.1":
+        if "content-length" in fields or version != "1.1":
             raise ViolationError("Transfer-Encoding; expected none in 1.0 or with Content-Length")
         if coding.lower() != "chunked":
-            raise OverError(501, "Transfer-Encoding; expected chunked")
+            raise OverError("501 Not Implemented", "Transfer-Encoding; expected chunked")
         return None
-    if length is None:
-        return 0
     if _LENGTH.fullmatch(length) is None:
         raise ViolationError("Content-Length; expected one number")
     return int(length)
@@ -459,27 +465,35 @@ def _environ(
     method: str, target: str, version: str, fields: Fields, hostname: str, scheme: str
 ) -> Environ:
     """Return PEP 3333's environ, but for what is the connection's."""
-    if version == "1.1" and "host" not in fields:
+    hosts = [fields["host"]] if "host" in fields else []
+    if version == "1.1" and not hosts:
         raise ViolationError("no Host; expected one")
-    name, port = _host(fields["host"]) if "host" in fields else (hostname, "")
-    raw_target = target
+    path, _, query = target.partition("?")
     absolute = _ABSOLUTE.fullmatch(target)
     if absolute is not None:  # it counts, and Host doesn't (RFC 9112, 3.2.2)
-        fields["host"], target = absolute[1], absolute[2]
-        name, port = _host(absolute[1])
-        if not target.startswith("/"):
-            target = "*" if method == "OPTIONS" and not target else f"/{target}"
-    path, _, query = target.partition("?")
+        fields["host"] = absolute[1]
+        hosts.append(absolute[1])
+        path, _, query = absolute[2].partition("?")
+        path = path or "/"
+    name, port = hostname, None
+    for text in hosts:
+        host = _HOST.fullmatch(text)
+        if host is None:
+            raise ViolationError("Host; expected one name")
+        name, port = host[1], host[2]
     if target == "*" and method == "OPTIONS":
         path = ""  # of the server as a whole; a path that isn't empty begins with a slash
     elif not path.startswith("/") or "#" in target:
         raise ViolationError("the target; expected a path, http://… or https://…")
+    raw_path = path.encode("latin-1")
     environ = {
         "REQUEST_METHOD": method,
         "SCRIPT_NAME": "",
-        "PATH_INFO": _ESCAPE.sub(_unescaped, path.encode("latin-1")).decode("latin-1"),
+        "PATH_INFO": _ESCAPE.sub(lambda found: bytes([int(found[1], 16)]), raw_path).decode(
+            "latin-1"
+        ),
         "QUERY_STRING": query,
-        "REQUEST_URI": raw_target,
+        "REQUEST_URI": target,
         "SERVER_NAME": name,
         "SERVER_PORT": port or ("443" if scheme == "https" else "80"),
         "SERVER_PROTOCOL": f"HTTP/{version}",
@@ -498,15 +512,3 @@ def _environ(
         key = field.upper().replace("-", "_")
         environ[key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}"] = value
     return environ
-
-
-def _host(text: str) -> tuple[str, str]:
-    """Return name and port, "" where it names none."""
-    host = _HOST.fullmatch(text)
-    if host is None:
-        raise ViolationError("Host; expected one name")
-    return host[1], host[2] or ""
-
-
-def _unescaped(escape: re.Match[bytes]) -> bytes:
-    return bytes.fromhex(escape[1].decode())

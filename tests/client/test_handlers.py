@@ -16,7 +16,7 @@ import pytest
 
 from snitun_sync.client import handlers as module
 from snitun_sync.client.handlers import Call, Handlers
-from snitun_sync.errors import SniTunError
+from snitun_sync.errors import EndpointError, SniTunError
 from snitun_sync.net.loop import Loop
 from tests.services import receive_exactly
 from tests.support import MIB, WAIT_S, in_threads, pattern, pattern_sha256, wait_until
@@ -294,6 +294,20 @@ def test_an_exception_ends_that_connection_only(
     wait_until(lambda: rig.call(lambda: handlers.running) == 0)
 
 
+def test_a_conversation_may_be_cut_without_a_defect(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    def cut(connection: socket.socket, device: str) -> None:
+        connection.sendall(b"half an ans")
+        raise EndpointError("its answer was cut")
+
+    target = rig.connect(rig.serve(cut))
+    wait_until(lambda: target.error)
+    assert str(target.error) == "its answer was cut"
+    assert not target.had_ended
+    assert not caplog.records
+
+
 def test_what_a_failed_handler_held_is_freed_on_its_thread(
     rig: Rig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -449,7 +463,7 @@ def test_a_parked_connection_ends_with_its_device_or_its_time(
     rig.leave(handlers, leaving)
     ending.wait().shutdown(socket.SHUT_WR)
     assert ending.receive_all() == b""
-    assert [conversation.runs for conversation in lines] == [1, 2]
+    assert [conversation.runs for conversation in lines] == [1, 1]
     assert rig.call(lambda: handlers._timer) is not None
 
     def be_late(late: Target) -> None:
@@ -466,10 +480,47 @@ def test_a_parked_connection_ends_with_its_device_or_its_time(
     wait_until(lambda: rig.call(lambda: len(handlers._parked)) == 1)
     rig.call(be_late, talking)
     assert talking.receive_all() == b""
-    assert [conversation.runs for conversation in lines] == [1, 2, 2]
+    assert [conversation.runs for conversation in lines] == [1, 1, 2]
     monkeypatch.setattr(module, "IDLE_S", 0.05)
     assert rig.connect(handlers).receive_all() == b""
     wait_until(lambda: descriptors() <= before)
+
+
+def test_many_that_end_at_once_take_no_thread(rig: Rig, lines: list[Lines]) -> None:
+    """As when the tunnel is lost: nothing is a failure."""
+    handlers = rig.handlers(Lines, 1, 1, waits_first=True)
+    targets = [rig.connect(handlers, number) for number in range(20)]
+
+    def end() -> None:
+        for target in targets:
+            target.wait().shutdown(socket.SHUT_WR)
+
+    rig.call(end)
+    for target in targets:
+        assert target.receive_all() == b""
+        assert target.error is None
+    assert (handlers.failures, lines) == (0, [])
+
+
+def test_as_the_client_drains_nobody_stays(
+    rig: Rig, lines: list[Lines], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LAST_S", WAIT_S)
+    handlers = rig.handlers(Lines, waits_first=True)
+    running, parked, silent = (rig.connect(handlers, number) for number in range(3))
+    say(parked, b"hello\n")
+    running.wait().sendall(b"a l")
+    wait_until(lambda: rig.call(lambda: (handlers.running, len(handlers._parked))) == (1, 2))
+    rig.call(handlers.drain)
+    say(parked, b"one more\n")
+    running.wait().sendall(b"ine\n")
+    assert running.receive_all() == b"A LINE\n"
+    assert parked.receive_all() == b""
+    monkeypatch.setattr(module, "LAST_S", 0.05)
+    rig.call(handlers.drain)
+    assert silent.receive_all() == b""
+    assert rig.connect(handlers).receive_all() == b""
+    assert not handlers.failures
 
 
 def test_a_conversation_that_closed_its_connection_is_not_parked(rig: Rig) -> None:
