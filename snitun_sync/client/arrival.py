@@ -65,10 +65,15 @@ class Arrival:
         if self._endpoints.only is not None:
             self._connect(self._endpoints.only)
             return
-        self._hello = HelloReader(self._bridge.held)
+        bridge = self._bridge
+        self._hello = HelloReader(bridge.held)
         self._timer = self._endpoints.loop.call_later(HANDSHAKE_S, self._overdue)
-        self._bridge.watcher = self
+        bridge.watcher = self
         self.look()
+        is_early = bridge.watcher is self and bridge.state is BridgeState.OPEN
+        if is_early and bridge.channel.has_paused_peer:
+            # Because others hold much. But without the rest of the ClientHello it goes nowhere.
+            bridge.tunnel.mux.resume(bridge.channel)
 
     def look(self) -> None:
         """The bridge holds more."""
@@ -100,6 +105,11 @@ class Arrival:
             self._route, self._stream = route, TlsStream(route.certificate.context)
             endpoints.handshake_began(self)
             self._shake()
+
+    def ended(self) -> None:
+        """The device has gone. It may have said something behind the handshake's last step."""
+        if not self._is_shaking:
+            self._bridge.close()
 
     def _refuse(self, name: str, why: str) -> None:
         self._endpoints.limits.refuse(name, f"{self._bridge.device}: {why}")
@@ -134,10 +144,14 @@ class Arrival:
             pass
         elif is_done:
             bridge.secure(stream)
-            if bridge.state is BridgeState.OPEN:
+            if bridge.state is BridgeState.OPEN or bridge.held:
                 self._connect(route)
+            else:
+                bridge.close()
         elif bridge.held:
             self._shake()
+        elif bridge.state is not BridgeState.OPEN:
+            bridge.close()
 
     def drop(self) -> None:
         """Others need the room: this handshake has taken longest."""

@@ -440,7 +440,8 @@ class Client(Service):
             is_former = self._is_followed and not isinstance(error, DeadLinkError)
         if tunnel is self._opening:
             self._opening = None
-            self._held.clear()
+            for bridge in tuple(self._held):
+                bridge.abort(error)  # its channel is over, and its connection would come no more
             if not self._is_stopping:
                 self._failed(error)
         elif tunnel.proven_at is not None:

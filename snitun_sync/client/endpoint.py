@@ -129,9 +129,6 @@ class Endpoint:
         self, address: Address, places: list[Place] | None, error: Exception | None
     ) -> None:
         self._is_resolving = False
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         if address is not self.address:  # it was replaced meanwhile
             places = self._places
             if not places:
@@ -139,6 +136,9 @@ class Endpoint:
                 return
         elif places is not None:
             self._places, self._resolved_until = places, self._loop.now + RESOLVED_S
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if places is None:
             self._give_up(reason(error))
         else:

@@ -52,6 +52,9 @@ if TYPE_CHECKING:
         def look(self) -> None:
             """More is held."""
 
+        def ended(self) -> None:
+            """The device has gone: nothing more comes. Close the bridge, unless it is of use."""
+
     class Cipher(Protocol):
         """What ends the device's TLS here; see client/tls.py."""
 
@@ -196,7 +199,7 @@ class Bridge(Handler):
             self._update()
 
     def _first_ready(self) -> None:
-        if not self._first or self.channel.is_paused:
+        if not self._first or self.channel.is_paused or self.channel.waits_for_turn:
             return
         if self.tunnel.can_send:
             self.take_turn()
@@ -210,6 +213,8 @@ class Bridge(Handler):
             self._first += data
             self.tunnel.bridges.early_bytes += len(data)
             self._first_ready()
+            if len(self._first) > HIGH_WATERMARK_BYTES:
+                self.abort(ChannelError("the device asks by TLS for ever, and reads nothing"))
 
     def _send_first(self, limit: int) -> int:
         """Send what was read before there was a bridge, at most `limit` bytes; return how many."""
@@ -220,10 +225,11 @@ class Bridge(Handler):
 
     def _read(self, limit: int) -> int:
         """Read once, at most `limit` bytes, and send it on; return how many."""
-        assert self.sock is not None
-        loop = self.tunnel.loop
+        if self.sock is None:
+            return 0  # it was its turn to send what comes first, and that has gone already
+        loop, cipher = self.tunnel.loop, self.cipher
         try:
-            data = loop.receive(self.sock, limit, is_kept=True)
+            data = loop.receive(self.sock, limit, is_kept=cipher is None)
         except BlockingIOError:
             return 0
         except OSError as error:
@@ -233,8 +239,13 @@ class Bridge(Handler):
             self._local_end(None)
             return 0
         self.active_at = loop.now
-        self.tunnel.send(self.channel, data if self.cipher is None else self.cipher.encrypt(data))
-        return len(data)
+        size = len(data)
+        try:
+            self.tunnel.send(self.channel, data if cipher is None else cipher.encrypt(data))
+        except SniTunError as error:  # such as a device that leaves a message of TLS half sent
+            self.abort(error)
+            return 0
+        return size
 
     def _local_end(self, error: OSError | None) -> None:
         """The socket has said its last word; deliver what it said, then CLOSE."""
@@ -400,15 +411,16 @@ class Bridge(Handler):
         self._update()
 
     def channel_ended(self, *, by_peer: bool) -> None:
-        if self.state is not BridgeState.CLOSED:
-            self.deliver()
+        self.deliver()
+        if self.state is BridgeState.CLOSED:
+            return
+        self.state = BridgeState.ENDING
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if self.watcher is not None:
-            self.close()  # nothing of it is for the endpoint yet
-        elif self.state is not BridgeState.CLOSED:
-            self.state = BridgeState.ENDING
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
+            self.watcher.ended()
+        else:
             self._end_step()
 
     def _end_step(self) -> None:

@@ -170,6 +170,18 @@ def test_a_channel_that_ends_before_the_proof_never_reaches_the_endpoint(
         assert endpoint.accepted == 0
 
 
+def test_nothing_is_left_of_a_channel_whose_relay_never_proves_itself(
+    relay: RawRelay, endpoint: Endpoint
+) -> None:
+    with running(relay, endpoint.address) as client, relay.tunnel(prove=False) as raw:
+        raw.new(b"c" * 16)
+        raw.send(frame.DATA, b"c" * 16, data=b"what came before the end")
+        raw.send(frame.CLOSE, b"c" * 16)
+        wait_until(lambda: client.bridges.held_bytes)
+        raw.sock.close()
+        wait_until(lambda: not client.bridges.all and not client.bridges.held_bytes)
+
+
 @pytest.mark.parametrize("cipher", CIPHERS)
 @pytest.mark.parametrize("cut", ["whole", "from the second frame on"])
 def test_a_recorded_relay_stream_opens_nothing_when_replayed(

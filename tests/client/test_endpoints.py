@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import logging
 import os
+import select
 import socket
 import ssl
 import threading
@@ -16,6 +17,9 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import pytest
 import trustme
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from snitun_sync.client import Client, cli
 from snitun_sync.client import arrival as arrival_module
@@ -23,9 +27,10 @@ from snitun_sync.client import endpoints as endpoints_module
 from snitun_sync.client import health as health_module
 from snitun_sync.client.settings import EndpointSettings, Settings
 from snitun_sync.errors import ConfigurationError, SniTunError, UsageError
+from snitun_sync.net import bridge as bridge_module
 from snitun_sync.protocol import frame
 from snitun_sync.server import Server
-from tests.services import RawRelay, connector, receive_exactly, refusing_port
+from tests.services import Raw, RawRelay, connector, receive_exactly, refusing_port
 from tests.support import (
     HOSTNAME,
     MIB,
@@ -495,6 +500,207 @@ def test_handshakes_that_fail_or_never_end(
             while device.recv(65536):
                 pass
         assert "no whole TLS handshake within 0 s" in caplog.text
+
+
+class ByHand:
+    """A device that speaks TLS 1.3 through a relay by hand, and makes its records itself."""
+
+    def __init__(self, raw: Raw, folder: Path) -> None:
+        context = trusting()
+        context.keylog_filename = str(folder / "keys")
+        self._raw, self.channel = raw, os.urandom(16)
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._device = context.wrap_bio(self._incoming, self._outgoing, server_hostname=HOSTNAME)
+        raw.new(self.channel)
+        self._shake()
+        self.send(self._outgoing.read())
+        self._shake()
+        self.rest = self._outgoing.read()
+        """The end of the handshake, which isn't sent yet."""
+        lines = (folder / "keys").read_text().split("CLIENT_TRAFFIC_SECRET_0 ")
+        self._use(bytes.fromhex(lines[-1].split()[1]))
+
+    def _shake(self) -> None:
+        while True:
+            try:
+                self._device.do_handshake()
+                return
+            except ssl.SSLWantReadError:
+                if self._outgoing.pending:
+                    return
+                self._incoming.write(self._raw.receive_flow(frame.DATA)[2])
+
+    def send(self, data: bytes) -> None:
+        self._raw.send(frame.DATA, self.channel, data=data)
+
+    def _expand(self, label: bytes, size: int) -> bytes:
+        """RFC 8446, 7.1."""
+        info = size.to_bytes(2, "big") + bytes([6 + len(label)]) + b"tls13 " + label + b"\0"
+        return HKDFExpand(hashes.SHA384(), size, info).derive(self._secret)
+
+    def _use(self, secret: bytes) -> None:
+        self._secret, self._count = secret, 0
+        self._key, self._iv = AESGCM(self._expand(b"key", 32)), self._expand(b"iv", 12)
+
+    def record(self, kind: int, data: bytes) -> bytes:
+        """RFC 8446, 5.2: for TLS_AES_256_GCM_SHA384, OpenSSL's first choice."""
+        header = b"\x17\x03\x03" + (len(data) + 17).to_bytes(2, "big")
+        nonce = int.from_bytes(self._iv, "big") ^ self._count
+        self._count += 1
+        sealed = self._key.encrypt(nonce.to_bytes(12, "big"), data + bytes([kind]), header)
+        return header + sealed
+
+    def ask_for_new_keys(self) -> bytes:
+        """KeyUpdate, update_requested (RFC 8446, 4.6.3); the device's own keys change with it."""
+        record = self.record(22, b"\x18\0\0\x01\x01")
+        self._use(self._expand(b"traffic upd", 48))
+        return record
+
+
+@pytest.fixture
+def raw_site(tmp_path: Path, certificate: str) -> Iterator[tuple[Raw, Client]]:
+    """A relay by hand; TLS ends in the client, for an endpoint that echoes."""
+    with (
+        Service() as service,
+        RawRelay(Credentials(tmp_path)) as relay,
+        Client(relay.credentials.ticket, service.address, tls_cert=certificate) as client,
+        relay.tunnel() as raw,
+    ):
+        yield raw, client
+        assert client.tunnel is not None  # which no device may end
+        assert client.attempts == 1
+
+
+def test_a_device_may_say_one_thing_and_go(
+    tmp_path: Path, certificate: str, raw_site: tuple[Raw, Client]
+) -> None:
+    """What comes with the handshake's last bytes, and CLOSE with it, is for the service."""
+    heard = []
+
+    def hear(sock: socket.socket) -> None:
+        heard.append(b"".join(iter(lambda: sock.recv(65536), b"")))
+
+    raw, client = raw_site
+    with Service(hear) as service:
+        settings = Settings(client.settings.ticket, service.address, tls_cert=certificate)
+        client.reconfigure(settings)
+        wait_until(lambda: client.settings is settings)
+        for is_whole in (True, False):
+            device = ByHand(raw, tmp_path)
+            said = device.rest + device.record(23, b"one thing")
+            frames: list[bytes] = []
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(raw, "_send", frames.append)
+                device.send(said if is_whole else said[:-1])
+                raw.send(frame.CLOSE, device.channel)
+            raw.sock.sendall(b"".join(frames))
+            wait_until(lambda: not client.bridges.all)
+        wait_until(lambda: heard == [b"one thing"])
+        assert (service.accepted, client.bridges.early_bytes) == (1, 0)
+
+
+def test_a_message_of_tls_that_is_left_half_sent_ends_that_device(
+    tmp_path: Path, raw_site: tuple[Raw, Client], caplog: pytest.LogCaptureFixture
+) -> None:
+    raw, client = raw_site
+    device = ByHand(raw, tmp_path)
+    device.send(device.rest + device.record(23, b"x") + device.record(22, b"\x18\0\0\x01"))
+    assert raw.receive_flow(frame.CLOSE)[0] == device.channel
+    wait_until(lambda: not client.bridges.all)
+    assert "defect" not in caplog.text
+
+
+def test_a_device_that_asks_for_ever_and_reads_nothing(
+    tmp_path: Path,
+    raw_site: tuple[Raw, Client],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(bridge_module, "HIGH_WATERMARK_BYTES", 4096)
+    raw, client = raw_site
+    device = ByHand(raw, tmp_path)
+    device.send(device.rest)
+    raw.send(frame.PAUSE, device.channel)
+    for _ in range(200):
+        device.send(device.ask_for_new_keys())
+    assert raw.receive_flow(frame.CLOSE)[0] == device.channel
+    wait_until(lambda: not client.bridges.all)
+    assert "the device asks by TLS for ever, and reads nothing" in caplog.text
+    assert not client.bridges.early_bytes
+
+
+def test_a_handshake_that_waits_for_its_turn_and_is_resumed(tmp_path: Path) -> None:
+    """It has no socket yet, and nothing more to send when its turn comes."""
+    path, pings = write_certificate(tmp_path / "tls.pem"), []
+    with (
+        Service(lambda sock: sock.sendall(bytes(16 * MIB))) as service,
+        RawRelay(Credentials(tmp_path)) as relay,
+        Client(
+            relay.credentials.ticket,
+            f"{OTHER}={service.address}",
+            endpoints=[EndpointSettings(service.address, HOSTNAME, tls_cert=path)],
+        ) as client,
+        relay.tunnel() as raw,
+    ):
+        busy, late = b"a long download.", b"the one that res"
+        raw.new(busy)
+        raw.send(frame.DATA, busy, data=client_hello(OTHER))
+        tunnel = client.tunnel
+        assert tunnel is not None
+
+        def is_full() -> bool:
+            """Read until nothing comes any more; none of the PINGs is answered."""
+            while select.select([raw.sock], [], [], 0)[0] or len(raw._buffer) > 64:
+                channel_id, flow, _, _ = raw.receive()
+                if flow == frame.PING:
+                    pings.append(channel_id)
+            return bool(tunnel.mux.unconfirmed_bytes >= tunnel._in_flight_limit)
+
+        wait_until(is_full)
+        raw.new(late)
+        raw.send(frame.DATA, late, data=client_hello(HOSTNAME))
+        wait_until(lambda: is_full() and client.bridges.early_bytes)
+        frames: list[bytes] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(raw, "_send", frames.append)
+            raw.send(frame.PAUSE, busy)
+            for ping in pings:
+                raw.send(frame.PING, ping, b"pong")
+            raw.send(frame.RESUME, late)
+        raw.sock.sendall(b"".join(frames))
+        channel_id = b""
+        while channel_id != late:
+            channel_id, _, data = raw.receive_flow(frame.DATA)
+        assert data.startswith(b"\x16\x03\x03")  # ServerHello
+        wait_until(lambda: not tunnel.mux.has_turns)
+        assert not client.bridges.early_bytes
+        assert client.tunnel is tunnel
+
+
+def test_a_hello_in_two_parts_while_others_hold_much(tmp_path: Path) -> None:
+    """Who hasn't got as far as its endpoint isn't paused for what the others hold."""
+    with (
+        Service() as service,
+        RawRelay(Credentials(tmp_path)) as relay,
+        Client(relay.credentials.ticket, f"{HOSTNAME}={service.address}") as client,
+        relay.tunnel() as raw,
+    ):
+        client.bridges.is_pressed = True  # no change of what is held tells otherwise
+        client.bridges.limit_bytes = 1000
+        channel, hello = b"a device's chann", client_hello(HOSTNAME)
+        frames: list[bytes] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(raw, "_send", frames.append)
+            raw.new(channel)
+            raw.send(frame.DATA, channel, data=hello[:450])
+        raw.sock.sendall(b"".join(frames))
+        assert raw.receive_flow(frame.PAUSE)[0] == channel
+        assert raw.receive_flow(frame.RESUME)[0] == channel
+        raw.send(frame.DATA, channel, data=hello[450:])
+        received = b""
+        while len(received) < len(hello):
+            received += raw.receive_flow(frame.DATA)[2]
+        assert received == hello
 
 
 # --- certificates that change ----------------------------------------------------------------
