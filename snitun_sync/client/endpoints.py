@@ -116,6 +116,10 @@ class Endpoints:
         for route in former.values():
             if route.health is not None and route.health not in kept:
                 route.health.close()
+        for certificate in {route.certificate for route in self.routes} - {None}:
+            assert certificate is not None
+            if certificate.failure:
+                self._say_failure(certificate)
         self._by_name = {name: route for route in self.routes for name in route.settings.names}
         self._acme = None
         if client_settings.acme_endpoint is not None:
@@ -232,10 +236,16 @@ class Endpoints:
             log.info("another certificate counts from now on: %s", certificate)
         else:
             certificate.failure = str(error)
-            if certificate.is_news:
-                then = "the former one stays" if certificate.context else "retrying"
-                log.error("%s; %s", error, then)
+            self._say_failure(certificate)
         self._client.tell()
+
+    def _say_failure(self, certificate: Certificate) -> None:
+        """Say, if it wasn't said before, why what is in the files doesn't count."""
+        if certificate.is_news:
+            until = "until that has changed, no device gets through"
+            then = "the former one stays" if certificate.context else until
+            log.error("%s; %s", certificate.failure, then)
+            certificate.is_news = False
 
     def drain(self) -> None:
         """The client stops: wait for nothing that devices might still want."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from ..errors import ConfigurationError, ExpiredError, UsageError, wrong_setting
 from ..net.service import bounded, budget, channel_idle
 from ..net.tuning import ANSWER_S, CHANNEL_IDLE_S, CLIENT_BUDGET_BYTES, CONNECT_S, KEEPALIVE_S
@@ -18,8 +16,6 @@ if TYPE_CHECKING:
     from ..net.proxy import Proxy
     from .access import Access
     from .tls import Certificate, TlsStream
-
-log = logging.getLogger("snitun_sync")
 
 ENDPOINT = "127.0.0.1:443"
 # The name of an endpoint that stands for all others.
@@ -67,10 +63,13 @@ class EndpointSettings:
         """
         self.source = source
         names = (names,) if isinstance(names, str) else tuple(names)
-        self.names = tuple(_pattern(name, f"{source}endpoint") for name in names)
+        is_option = source == "--"
+        # What messages about names, and about the address, begin with.
+        self._place = f"{source}endpoint" if is_option else source.strip()
+        self.names = tuple(_pattern(name, self._place) for name in names)
         self.address: Address | None = None
         if address is not None:
-            option = f"{source}endpoint" if source == "--" else f"{source}address"
+            option = self._place if is_option else f"{source}address"
             self.address = parse_address(address, option, can_be_unix=True)
         if not tls_cert and (tls_key or tls_alpn):
             raise self._only("tls-key" if tls_key else "tls-alpn", "tls-cert")
@@ -271,17 +270,15 @@ class Settings:
             if self.acme_endpoint is None and not isinstance(error, ExpiredError):
                 raise
             certificate.failure = str(error)
-            log.error("%s; until that has changed, no device gets through to %s", error, settings)
 
     def _check_names(self) -> None:
         taken: dict[str, EndpointSettings] = {}
         for endpoint in self.endpoints:
             for name in endpoint.names:
                 if name in taken:
-                    said = f"{name} leads to {taken[name].address} already; expected one endpoint"
-                    raise endpoint._wrong(
-                        "endpoint" if endpoint.source == "--" else "address", said
-                    )
+                    said = f"{name} leads to {taken[name].address} already, and here to"
+                    said += f" {endpoint.address}; expected one endpoint for each name"
+                    raise wrong_setting(endpoint._place, said)
                 taken[name] = endpoint
 
     @property

@@ -166,7 +166,7 @@ class Certificate(Loaded):
         try:
             context.load_verify_locations(cadata=block)
         except (ssl.SSLError, ValueError):
-            said = f"certificate {number} in {self._path} is malformed"
+            said = f"certificate {number} in {self._path} is malformed; expected PEM, whole"
             raise ConfigurationError(f"{self._option}: {said}") from None
         return context
 
@@ -193,7 +193,7 @@ class Certificate(Loaded):
                 if len(chain) > 1 and chain[0].cert_store_stats()["x509_ca"]:
                     said += ", where an authority's comes first; expected the server's own first"
             elif what is None and isinstance(error, ssl.SSLError):
-                said += "is malformed"
+                said += "is malformed; expected PEM, whole"
             else:
                 said += f"can't be used with the certificate in {self._path}: {said_by(error)}"
             raise ConfigurationError(f"{self._key_option}: {said}") from None

@@ -12,6 +12,7 @@ MAX_SHOWN = 40
 LATEST = 10**11  # UTC, Unix seconds: the year 5138
 IPV4_MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291 §2.5.5.2
 _LABEL = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
+_IPV6 = frozenset("0123456789abcdefABCDEF:.")
 
 
 def normal_hostname(text: str) -> str:
@@ -93,14 +94,17 @@ def parse_address(
         return Address(path=text[5:])
     if text.startswith("["):
         host, bracket, rest = text[1:].partition("]")
-        if not bracket or ":" not in host or rest[:1] not in ("", ":"):
+        is_ip = ":" in host and _IPV6.issuperset(host.partition("%")[0])
+        if not bracket or not is_ip or rest[:1] not in ("", ":"):
             raise wrong("no IPv6 address in brackets")
         port_text = rest[1:] if rest else None
     else:
         host, colon, last = text.rpartition(":")
         host, port_text = (host, last) if colon else (text, None)
-        if ":" in host:
+        if ":" in host and _IPV6.issuperset(host):
             raise wrong("an IPv6 address without brackets")
+        if "://" in text:
+            raise wrong("a URL")
         if host == "*" and can_be_any:
             host = ""
         if host and not is_hostname(normal_hostname(host)):

@@ -196,16 +196,32 @@ def test_the_key_may_be_in_the_same_file(tmp_path: Path, text: str) -> None:
         (key_pem(), CERT, f"--tls-cert: no certificate in cert.pem; {EXPECTED_CERT}"),
         (CERT, "", f"--tls-key: no private key in key.pem; {EXPECTED_KEY}"),
         (CERT, CERT, f"--tls-key: no private key in key.pem; {EXPECTED_KEY}"),
-        (NO_CERT, key_pem(), "--tls-cert: certificate 1 of 1 in cert.pem is malformed"),
-        (CERT[:200], key_pem(), "--tls-cert: certificate 1 of 1 in cert.pem is malformed"),
-        (CERT + NO_CERT, key_pem(), "--tls-cert: certificate 2 of 2 in cert.pem is malformed"),
+        (
+            NO_CERT,
+            key_pem(),
+            "--tls-cert: certificate 1 of 1 in cert.pem is malformed; expected PEM, whole",
+        ),
+        (
+            CERT[:200],
+            key_pem(),
+            "--tls-cert: certificate 1 of 1 in cert.pem is malformed; expected PEM, whole",
+        ),
+        (
+            CERT + NO_CERT,
+            key_pem(),
+            "--tls-cert: certificate 2 of 2 in cert.pem is malformed; expected PEM, whole",
+        ),
         (
             CERT.replace("\nM", "\nÄ"),
             key_pem(),
-            "--tls-cert: certificate 1 of 1 in cert.pem is malformed",
+            "--tls-cert: certificate 1 of 1 in cert.pem is malformed; expected PEM, whole",
         ),
-        (CERT, key_pem().replace("\nM", "\n!"), "--tls-key: the key in key.pem is malformed"),
-        (CERT, key_pem()[:100], "--tls-key: the key in key.pem is malformed"),
+        (
+            CERT,
+            key_pem().replace("\nM", "\n!"),
+            "--tls-key: the key in key.pem is malformed; expected PEM, whole",
+        ),
+        (CERT, key_pem()[:100], "--tls-key: the key in key.pem is malformed; expected PEM, whole"),
         (
             cert_pem(usage=ExtendedKeyUsageOID.CLIENT_AUTH),
             key_pem(),
