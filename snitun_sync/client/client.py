@@ -198,13 +198,8 @@ class Client(Service):
         from .wsgi import WsgiConversation  # noqa: PLC0415
 
         settings = EndpointSettings(None, hostname, tls_cert=tls_cert, tls_key=tls_key)
-        name = self.settings.ticket.hostname or "localhost"
         make = partial(
-            WsgiConversation,
-            app,
-            scheme="https",
-            hostname=name,
-            others_wait=lambda: handlers.has_waiting,
+            WsgiConversation, app, scheme="https", others_wait=lambda: handlers.has_waiting
         )
         handlers: Handlers = Handlers(self.loop, make, threads, waiting, waits_first=True)
         self.endpoints.add(settings, handlers)

@@ -83,16 +83,14 @@ class WsgiConversation:
         device: str,
         *,
         scheme: str = "http",
-        hostname: str = "localhost",
         others_wait: Callable[[], bool] = bool,
     ) -> None:
         """`device` is its address as text, "" if unknown. The connection's owner closes it.
 
-        `scheme`: "https" where the device's TLS has ended before it came here; `hostname`: the
-        server's for a device that names none, in HTTP/1.0. `others_wait` tells whether others
-        want the thread.
+        `scheme`: "https" where the device's TLS has ended before it came here; `others_wait`
+        tells whether others want the thread.
         """
-        self.app, self.device, self.scheme, self.hostname = app, device, scheme, hostname
+        self.app, self.device, self.scheme = app, device, scheme
         self.received = bytearray()
         """What has come and wasn't read yet: as a head, or out of a body."""
         self._sock, self._others_wait = connection, others_wait
@@ -153,7 +151,7 @@ class WsgiConversation:
         if head.count(b"\r\n") > FIELDS:
             raise OverError(_TOO_LARGE, f"more than {FIELDS} fields")
         method, target, version, fields = parse_head(head)
-        environ = _environ(method, target, version, fields, self.hostname, self.scheme)
+        environ = _environ(method, target, version, fields, self.scheme)
         self._sock.settimeout(URGENT_S)
         self._waited_s = 0.0
         body = _Body(self, _body_length(version, fields))
@@ -344,12 +342,17 @@ class _Answer:
         self._conversation, self._body, self._version = conversation, body, version
         self.goes_on = goes_on
         """Whether the device and this answer let the connection go on."""
-        self.is_begun = self.is_whole = False
-        """Whether the head is sent; whether all of it is."""
+        self.is_begun = False
+        """Whether the head is sent."""
         self._status, self._headers = "", [("", "")]
         self._has_body = True
         self._is_chunked = False
-        self._left: int | None = None  # of what Content-Length said
+        self._left: int | None = None  # of what Content-Length said; 0 at any answer's end
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the device has all of it."""
+        return self.is_begun and (not self._has_body or self._left == 0)
 
     def start(self, status: str, headers: Headers, exc_info: Any = None) -> Callable[..., None]:
         """PEP 3333's start_response."""
@@ -371,15 +374,11 @@ class _Answer:
         self._left = int(lengths[0]) if lengths else None
         return self.write
 
-    def write(self, data: bytes) -> None:
-        """PEP 3333's write; the head goes with the first of it."""
-        self._write(data, None)
-
     def send_all(self, result: Iterable[bytes]) -> None:
         """Send what the application has returned, to the end of the answer."""
         is_one = isinstance(result, (list, tuple)) and len(result) == 1
         for data in result:
-            self._write(data, len(data) if is_one else None)
+            self.write(data, len(data) if is_one else None)
             if self.is_begun and not self._has_body:
                 break
         if not self.is_begun:
@@ -389,9 +388,10 @@ class _Answer:
             self._conversation.send(b"0\r\n\r\n")
         if self._has_body and self._left:
             raise MisuseError(f"the answer has {self._left} bytes fewer than its Content-Length")
-        self.is_whole = True
+        self._left = 0
 
-    def _write(self, data: bytes, length: int | None) -> None:
+    def write(self, data: bytes, length: int | None = None) -> None:
+        """PEP 3333's write; the head goes with the first of it, and says the `length`, if known."""
         if not isinstance(data, bytes):
             raise MisuseError(f"{type(data).__name__} in an answer; expected bytes")
         if not data:
@@ -461,29 +461,22 @@ def _body_length(version: str, fields: Fields) -> int | None:
     return int(length)
 
 
-def _environ(
-    method: str, target: str, version: str, fields: Fields, hostname: str, scheme: str
-) -> Environ:
+def _environ(method: str, target: str, version: str, fields: Fields, scheme: str) -> Environ:
     """Return PEP 3333's environ, but for what is the connection's."""
-    hosts = [fields["host"]] if "host" in fields else []
-    if version == "1.1" and not hosts:
-        raise ViolationError("no Host; expected one")
+    hosts = [fields.get("host", "")]  # also in 1.0: nobody is reached without a name
     path, _, query = target.partition("?")
-    absolute = _ABSOLUTE.fullmatch(target)
-    if absolute is not None:  # it counts, and Host doesn't (RFC 9112, 3.2.2)
+    if absolute := _ABSOLUTE.fullmatch(target):  # it counts, and Host doesn't (RFC 9112, 3.2.2)
         fields["host"] = absolute[1]
         hosts.append(absolute[1])
         path, _, query = absolute[2].partition("?")
         path = path or "/"
-    name, port = hostname, None
+    name, port = "", None
     for text in hosts:
         host = _HOST.fullmatch(text)
         if host is None:
             raise ViolationError("Host; expected one name")
         name, port = host[1], host[2]
-    if target == "*" and method == "OPTIONS":
-        path = ""  # of the server as a whole; a path that isn't empty begins with a slash
-    elif not path.startswith("/") or "#" in target:
+    if not path.startswith("/") or "#" in target:
         raise ViolationError("the target; expected a path, http://… or https://…")
     raw_path = path.encode("latin-1")
     environ = {
