@@ -59,12 +59,10 @@ LAST_S = 1.0
 class Call:
     """The conversation that is one call of `handler(connection, device_address)`.
 
-    `connection` is a blocking socket (a unix one), the device's address is text. The handler may
-    close the connection; when it returns, the connection is closed anyhow, whatever else still
-    refers to it. To keep it, take it away with `detach`.
+    `connection` is a blocking socket (a unix one), the device's address is text. When the
+    handler returns, the connection is closed, whatever else still refers to it. To keep it,
+    take it away with `detach`.
     """
-
-    __slots__ = ("_connection", "_device", "_handler")
 
     def __init__(
         self,
@@ -84,13 +82,7 @@ class Handlers:
     """The endpoint; of the loop's thread."""
 
     def __init__(
-        self,
-        loop: Loop,
-        make: Make,
-        threads: int,
-        waiting: int,
-        *,
-        waits_first: bool = False,
+        self, loop: Loop, make: Make, threads: int, waiting: int, *, waits_first: bool = False
     ) -> None:
         """Run what `make(connection, device_address)` returns, on at most `threads` threads.
 
@@ -208,13 +200,10 @@ class Handlers:
         if served.sock is None and (sock := self._open(served)) is None:
             return
         served.is_running = self._workers.submit(served.blocking_run, self._ran)
-        if served.is_running:
-            self.running += 1
-            if sock is not None:
-                served.target.connected(sock)
-        else:
-            if sock is not None:
-                sock.close()
+        self.running += served.is_running
+        if sock is not None:
+            served.target.connected(sock)
+        if not served.is_running:
             self.abort(served, "no thread can be started for its handler")
 
     def _ran(self, served: _Served, _: Exception | None) -> None:
@@ -223,16 +212,16 @@ class Handlers:
         served.is_running = False
         failure, served.failure = served.failure, None
         is_gone = served.target not in self._served
-        why = str(failure)
-        if not (isinstance(failure, EndpointError) or failure is None):
-            why = f"its handler failed: {type(failure).__name__}"
-            if not (is_gone and isinstance(failure, ConnectionError)):
-                device = served.target.device or "a device"
-                log.error("defect in handler of %s", device, exc_info=failure)
+        is_defect = failure is not None and not isinstance(failure, EndpointError)
+        if is_defect and not (is_gone and isinstance(failure, ConnectionError)):
+            device = served.target.device or "a device"
+            log.error("defect in handler of %s", device, exc_info=failure)
         if is_gone:
             self.forget(served)
+        elif is_defect:
+            self.abort(served, f"its handler failed: {type(failure).__name__}")
         elif failure is not None:
-            self.abort(served, why)
+            self.abort(served, str(failure))
         elif served.goes_on and not self._is_draining and served.fileno() >= 0:
             self._park(served)
         else:
@@ -323,11 +312,10 @@ class _Served(Handler):
 
     def close(self) -> None:
         """Close the connection, also where a handler has left a file of it open, or a copy."""
-        if self.fileno() >= 0:
-            assert self.sock is not None
+        if self.sock is not None:
             try:
                 self.sock.shutdown(socket.SHUT_RDWR)
             except OSError:
-                pass  # the other end is closed already
+                pass  # it is closed or detached, or the other end is
         self._handlers.loop.close_socket(self)
         self._conversation = self.failure = None
