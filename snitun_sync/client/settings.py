@@ -202,6 +202,9 @@ class Settings:
         """
         self.ticket = Ticket.parse(ticket) if isinstance(ticket, str) else ticket
         texts = [endpoint] if isinstance(endpoint, str) else endpoint
+        for name in ("tls-cert", "proxy-protocol"):
+            if not texts and of_endpoint.get(name.replace("-", "_")):
+                raise UsageError(f"--{name}: only with --endpoint; a section has its own")
         named = [EndpointSettings(*split_endpoint(text), **of_endpoint) for text in texts]
         self.endpoints = [*named, *endpoints]
         self._check_names()

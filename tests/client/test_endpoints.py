@@ -302,6 +302,11 @@ def test_what_is_no_hello_is_closed_at_once_and_what_is_none_in_time(
             "--endpoint: a leads to 127.0.0.1:1 already, and here to 127.0.0.1:2; expected one",
         ),
         ({"tls_key": "x"}, UsageError, "--tls-key: only with --tls-cert"),
+        (
+            {"endpoint": [], "tls_cert": "x"},
+            UsageError,
+            "--tls-cert: only with --endpoint; a section has its own",
+        ),
         ({"tls_alpn": "h2"}, UsageError, "--tls-alpn: only with --tls-cert"),
         (
             {"tls_cert": "x", "tls_alpn": "h2,,http/1.1"},
