@@ -890,7 +890,7 @@ def test_ready_tells_an_endpoint_that_is_down_from_a_tunnel_that_is(
             assert device.recv(1) == b""
     with site, Service(port=port):
         wait_until(lambda: not site.client.ready())
-        assert f"endpoint 127.0.0.1:{port} is there again" in caplog.text
+        wait_until(lambda: f"endpoint 127.0.0.1:{port} is there again" in caplog.text)
         site.server.stop()
         wait_until(lambda: site.client.ready().startswith("no tunnel: "))
 
