@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 def connector(client: Client) -> ToService:
     """Return who opens the connections of a client's only endpoint."""
-    assert client.endpoints.only is not None
-    found = client.endpoints.only.connector
+    found = client.endpoints.routes[0].connector
     assert isinstance(found, ToService)
     return found
 

@@ -16,10 +16,12 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import socket
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -484,3 +486,10 @@ def free_port() -> int:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
         return port
+
+
+def examples(page: str) -> list[str]:
+    """Return the indented parts of one of our Markdown files, as somebody would copy them."""
+    text = (PROJECT / page).read_text("utf-8")
+    found = re.findall(r"(?:^(?:    .*)?\n)+", text, re.MULTILINE)
+    return [textwrap.dedent(part).strip() + "\n" for part in found if part.strip()]

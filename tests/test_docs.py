@@ -1,4 +1,4 @@
-"""docs/client.md has every option, field, metric and exit code."""
+"""docs/client.md has every option, field, metric and exit code; the examples of settings count."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from snitun_sync import program, status_command
 from snitun_sync.client import cli
 from tests.services import Services
-from tests.support import PROJECT
+from tests.support import PROJECT, Credentials, Program, examples, module
 
 TEXT = (PROJECT / "docs" / "client.md").read_text("utf-8")
+INI = [text for text in examples("docs/endpoints.md") if text.startswith("[client]")]
+assert len(INI) == 5
 
 
 def options(parser: argparse.ArgumentParser) -> Iterator[str]:
@@ -56,3 +59,17 @@ def test_every_exit_code() -> None:
     codes = {value for name, value in vars(program).items() if name.startswith("EXIT_")}
     found = set(map(int, re.findall(r"^\| (\d+) \|", TEXT, re.MULTILINE)))
     assert found == codes
+
+
+@pytest.mark.parametrize("text", INI, ids=lambda text: text.splitlines()[2])
+def test_every_example_of_settings(text: str, tmp_path: Path) -> None:
+    text = text.replace("/etc/snitun/tls", str(tmp_path))
+    pem = trustme.CA().issue_cert("home.example.com").private_key_and_cert_chain_pem.bytes()
+    for name in re.findall(rf"^tls-(?:cert|key) = {tmp_path}/(\S+)", text, re.MULTILINE):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(pem)
+    (tmp_path / "snitun.ini").write_text(text)
+    ticket = Credentials(tmp_path).ticket_file
+    arguments = ("--check", "--token-file", ticket, "--config", tmp_path / "snitun.ini")
+    with Program(*module("snitun_sync.client", *arguments)) as client:
+        assert client.wait() == 0, client.output

@@ -20,7 +20,17 @@ from websockets.sync.client import connect
 
 from tests.appliance import DEVICE, DOMAIN, INSIDE, KINDS, PAGE, Site, Web, find, section
 from tests.appliance import site as run_site
-from tests.support import MIB, WAIT_S, Credentials, Program, module, pattern, pattern_sha256
+from tests.support import (
+    MIB,
+    PROJECT,
+    WAIT_S,
+    Credentials,
+    Program,
+    examples,
+    module,
+    pattern,
+    pattern_sha256,
+)
 
 SIZE = 10 * MIB
 # Names of the ticket that no endpoint has by itself.
@@ -91,6 +101,37 @@ def test_an_address_that_the_tunnel_does_not_carry_is_unknown(site: Site, tmp_pa
             with site.web(f"old-{name}", host="::1") as device:
                 peer = "unix:" if name == "http-proxy-v2" else "127.0.0.1"
                 assert device.seen()["address"] == peer
+
+
+# --- programs in Python, as docs/endpoints.md has them -----------------------------------------
+
+
+def test_the_examples_in_python(site: Site, tmp_path: Path) -> None:
+    flask, shout = (text for text in examples("docs/endpoints.md") if text.startswith("from "))
+    names = ("home.example.com", "shout.example.com")
+    for text, name in zip((flask, shout), names):
+        folder = tmp_path / name
+        folder.mkdir()
+        credentials = Credentials(folder, hostname=name, fernet_key=site.fernet_key)
+        credentials.at(f"127.0.0.1:{site.port}")
+        credentials.ticket_file.rename(folder / "home.ticket")
+        pem = site.rig.authority.issue_cert(name).private_key_and_cert_chain_pem
+        pem.write_to_path(str(folder / f"{name.partition('.')[0]}.pem"))
+        (folder / "example.py").write_text(
+            f"import logging, os\nos.chdir({str(folder)!r})\nlogging.basicConfig(level=20)\n{text}"
+        )
+        with (
+            Program(*module("example"), env={"PYTHONPATH": f"{PROJECT}:{folder}"}) as program,
+            Web(name, site.port, site.rig.authority_file, source=DEVICE) as device,
+        ):
+            program.wait_for("ready: ")
+            if text is flask:
+                device.request("GET", "/")
+                assert device.getresponse().read().decode() == f"Hello, {DEVICE}"
+            else:
+                device.connect()
+                device.sock.sendall(b"hello\n")
+                assert device.sock.recv(6) == b"HELLO\n"
 
 
 # --- HTTP/2, TLS, WebSocket ------------------------------------------------------------------

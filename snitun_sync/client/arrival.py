@@ -62,9 +62,6 @@ class Arrival:
 
     def begin(self) -> None:
         """Find out where the device is to be brought, and bring it there."""
-        if self._endpoints.only is not None:
-            self._connect(self._endpoints.only)
-            return
         bridge = self._bridge
         self._hello = HelloReader(bridge.held)
         self._timer = self._endpoints.loop.call_later(HANDSHAKE_S, self._overdue)

@@ -20,13 +20,14 @@ from ..errors import (
     EndpointError,
     LinkError,
     LostError,
+    MisuseError,
     RefusedError,
     SniTunError,
     UnreachableError,
 )
 from ..net.bridge import Bridge, BridgeState
 from ..net.dialing import blocking_dial
-from ..net.loop import Handler
+from ..net.loop import Handler, utc_time
 from ..net.netlink import NetworkWatch, local_address_is_gone
 from ..net.service import Service
 from ..net.sockets import check_congestion_control, set_congestion_control, unpack_ip
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from ..protocol.cipher import UnitCipher
     from ..protocol.mux import Channel
     from ..protocol.ticket import Ticket
+    from .handlers import Handlers
     from .probe import Probe
     from .wsgi import Application
 
@@ -169,15 +171,14 @@ class Client(Service):
         the device's IP address, "" where it isn't known. `hostname`: see EndpointSettings.names;
         by default all that have no other endpoint. With `tls_cert` TLS ends here, and the
         connection has plaintext; without it the handler gets TLS as the device sends it.
-        Raises ConfigurationError.
+        Raises ConfigurationError, and MisuseError once the client runs.
         """
         from .handlers import Call, Handlers  # noqa: PLC0415  few have handlers
 
         settings = EndpointSettings(
             None, hostname, tls_cert=tls_cert, tls_key=tls_key, tls_alpn=tls_alpn
         )
-        handlers = Handlers(self.loop, partial(Call, handler), threads, waiting)
-        self.endpoints.add(settings, handlers)
+        self._add(settings, Handlers(self.loop, partial(Call, handler), threads, waiting))
 
     def serve_wsgi(
         self,
@@ -202,6 +203,11 @@ class Client(Service):
             WsgiConversation, app, scheme="https", others_wait=lambda: handlers.has_waiting
         )
         handlers: Handlers = Handlers(self.loop, make, threads, waiting, waits_first=True)
+        self._add(settings, handlers)
+
+    def _add(self, settings: EndpointSettings, handlers: Handlers) -> None:
+        if self._begun.locked():
+            raise MisuseError("serve: the client runs already, or has ended")
         self.endpoints.add(settings, handlers)
 
     @property
@@ -624,4 +630,4 @@ def _random() -> float:
 
 def utc(seconds: float) -> str:
     """Return UTC Unix seconds as people read them."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+    return time.strftime("%Y-%m-%d %H:%M:%S", utc_time(seconds))

@@ -61,6 +61,11 @@ class Route:
         names = ", ".join(self.settings.names)
         return str(self.connector) if names == ANY else f"{names} at {self.connector}"
 
+    def takes_all(self) -> bool:
+        """Tell whether a device can be brought here of whom nothing is known."""
+        is_plain = self.certificate is None and not self.settings.proxy_version
+        return is_plain and self.settings.names == (ANY,) and isinstance(self.connector, Endpoint)
+
     def doubt(self) -> str:
         """Return why devices don't get through to it; "" if they do, as far as is known."""
         failure = self.certificate.doubt() if self.certificate is not None else ""
@@ -80,8 +85,7 @@ class Endpoints:
         self._own: list[Route] = []  # within this program: no settings change them
         self._by_name: dict[str, Route] = {}
         self._acme: Route | None = None
-        self.only: Route | None = None
-        """Where all devices go, if nothing has to be known of them."""
+        self._only: Route | None = None  # where all devices go, if nobody looks at them
         self.needs_alpn = False
         """Whether it matters which protocols a device offers."""
         self._stages: dict[Bridge, Arrival | Endpoint] = {}  # who has a device's channel in hand
@@ -127,11 +131,8 @@ class Endpoints:
             self._acme = self._route(settings, None)
         versions = [route.settings.proxy_version for route in self.routes]
         self.needs_alpn = self._acme is not None or 2 in versions
-        self.only = None
-        if not self.needs_alpn and len(self.routes) == 1:
-            route = self.routes[0]
-            if route.settings.names == (ANY,) and route.certificate is None:
-                self.only = route
+        only = self.routes[0] if len(self.routes) == 1 and self._acme is None else None
+        self._only = only if only is not None and only.takes_all() else None
         if self._timer is None and any(route.certificate for route in self.routes):
             self._timer = self.loop.call_later(WATCH_S, self._look)
 
@@ -169,12 +170,8 @@ class Endpoints:
 
     def connect(self, bridge: Bridge) -> None:
         """Bring a device to its endpoint: call the bridge's `connected`, or abort it."""
-        only = self.only
-        if (
-            only is not None
-            and isinstance(only.connector, Endpoint)
-            and not only.settings.proxy_version
-        ):
+        only = self._only
+        if only is not None and isinstance(only.connector, Endpoint):
             only.opened += 1
             self._stages[bridge] = only.connector
             only.connector.connect(bridge)

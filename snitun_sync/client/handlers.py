@@ -18,6 +18,7 @@ from traceback import clear_frames
 
 from ..errors import EndpointError, LostError
 from ..net.loop import READ, Handler
+from ..net.service import bounded
 from ..net.workers import Workers
 
 TYPE_CHECKING = False
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("snitun_sync")
 
+MOST_THREADS = 1000
+MOST_WAITING = 10**6
 # How long a thread stays that has nothing to do, and a connection that says nothing.
 THREAD_IDLE_S = 10.0
 IDLE_S = 60.0
@@ -87,11 +90,13 @@ class Handlers:
         """Run what `make(connection, device_address)` returns, on at most `threads` threads.
 
         At most `waiting` connections wait for one. With `waits_first` they don't even
-        begin before the device has sent something.
+        begin before the device has sent something. Raises ConfigurationError.
         """
         self.loop, self.make = loop, make
-        self._threads, self._limit, self._waits_first = threads, waiting, waits_first
-        self._workers = Workers(loop, threads, idle_s=THREAD_IDLE_S)
+        self._threads = int(bounded(threads, "threads", 1, MOST_THREADS, "threads"))
+        self._limit = int(bounded(waiting, "waiting", 0, MOST_WAITING, "connections"))
+        self._waits_first = waits_first
+        self._workers = Workers(loop, self._threads, idle_s=THREAD_IDLE_S)
         self._served: dict[Caller, _Served] = {}
         self._waiting: dict[_Served, None] = {}  # for a thread, in their order
         self._parked: dict[_Served, None] = {}  # since when they are: the oldest first

@@ -6,6 +6,7 @@ import os
 import time
 
 from .. import __version__
+from .loop import utc_time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ CHANNELS_LISTED = 200
 
 def utc_text(seconds: float | None) -> str | None:
     """Return UTC Unix seconds as RFC 3339 has them; None stays None."""
-    return None if seconds is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+    return None if seconds is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", utc_time(seconds))
 
 
 def channel_figures(bridge: Bridge, now: float) -> dict[str, Any]:

@@ -42,6 +42,15 @@ clock: Callable[[], float] = partial(
     time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 )
 
+
+def utc_time(seconds: float) -> time.struct_time:
+    """Return UTC Unix seconds as a date; in 2038 at most where the system's clock ends then."""
+    try:
+        return time.gmtime(seconds)
+    except OverflowError:  # time_t has 32 bits, and a certificate may be valid longer
+        return time.gmtime(2**31 - 1)
+
+
 # poll(2)'s POLLIN and POLLOUT, which are epoll's too.
 READ = 1
 WRITE = 4

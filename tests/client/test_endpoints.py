@@ -26,7 +26,7 @@ from snitun_sync.client import arrival as arrival_module
 from snitun_sync.client import endpoints as endpoints_module
 from snitun_sync.client import health as health_module
 from snitun_sync.client.settings import EndpointSettings, Settings
-from snitun_sync.errors import ConfigurationError, SniTunError, UsageError
+from snitun_sync.errors import ConfigurationError, MisuseError, SniTunError, UsageError
 from snitun_sync.net import bridge as bridge_module
 from snitun_sync.protocol import frame
 from snitun_sync.server import Server
@@ -996,6 +996,16 @@ def test_a_handler_talks_to_devices(
         site.client.reconfigure(Settings(site.ticket, "127.0.0.1:1"))
         with site.plain() as other:  # settings don't change what is within the program
             assert receive_exactly(other, len(client_hello(HOSTNAME))) == client_hello(HOSTNAME)
+
+
+def test_how_serve_can_be_called_wrongly(tmp_path: Path) -> None:
+    with Site(tmp_path, "127.0.0.1:1") as site:
+        with pytest.raises(MisuseError, match="the client runs already"):
+            site.client.serve(print)
+    with pytest.raises(ConfigurationError, match=r"^threads: 0 threads; expected 1 to "):
+        site.client.serve(print, threads=0)
+    with pytest.raises(ConfigurationError, match=r"^waiting: -1 connections; expected 0 to "):
+        site.client.serve(print, waiting=-1)
 
 
 def test_a_wsgi_application_is_served(tmp_path: Path, certificate: str) -> None:
