@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import ssl
 import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trustme
 
 from snitun_sync.program import EXIT_UNAVAILABLE
 from tests import systemd_host
@@ -18,9 +20,11 @@ from tests.support import (
     HOSTNAME,
     MIB,
     PROJECT,
+    WAIT_S,
     Credentials,
     Device,
     Endpoint,
+    client_hello,
     download,
     module,
     upload,
@@ -446,6 +450,49 @@ def test_a_user_of_its_own_takes_another_ticket_without_a_gap(site: Site) -> Non
         with site.device(hostname="next.test") as other:
             other.exchange()
         device.exchange()
+
+
+def test_tls_ends_in_the_client_and_certificates_are_swapped_live(site: Site) -> None:
+    """As docs/systemd.md says: files that only root and the client's own user may read."""
+    host, authority, folder = site.host, trustme.CA(), "/etc/snitun/tls"
+    host.run("useradd", "--system", "snitun")
+    site.install(CLIENT, OWN_USER)
+    site.configure(f"tls-cert = {folder}/home.pem")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    authority.configure_trust(context)
+
+    def write() -> bytes:
+        issued = authority.issue_cert(HOSTNAME)
+        text = issued.private_key_and_cert_chain_pem.bytes().decode()
+        host.write_file(f"{folder}/home.pem", text, 0o600)
+        host.run("chgrp", "-R", "snitun", folder)
+        host.run("chmod", "-R", "u=rwX,g=rX,o=", folder)
+        return ssl.PEM_cert_to_DER_cert(issued.cert_chain_pems[0].bytes().decode())
+
+    @contextlib.contextmanager
+    def device() -> Iterator[ssl.SSLSocket]:
+        sock = host.inside(lambda: socket.create_connection(("127.0.0.1", 443), WAIT_S))
+        with context.wrap_socket(sock, server_hostname=HOSTNAME) as secured:
+            yield secured
+
+    first = write()
+    site.start()
+    with device() as former:
+        assert former.getpeercert(binary_form=True) == first
+        # The endpoint wants a ClientHello first, as of devices whose TLS ends there.
+        former.sendall(client_hello(HOSTNAME) + b"ECHO\n")
+        second = write()
+        host.systemctl("reload", CLIENT)
+        host.wait_for(CLIENT, "the settings were read again")
+        with device() as other:
+            assert other.getpeercert(binary_form=True) == second
+        host.run("chmod", "600", f"{folder}/home.pem")
+        host.systemctl("reload", CLIENT)
+        host.wait_for(CLIENT, f"can't read {folder}/home.pem: Permission denied; the former")
+        with device() as other:
+            assert other.getpeercert(binary_form=True) == second
+        former.sendall(b"still here")
+        assert former.recv(10) == b"still here"
 
 
 def test_other_secrets_come_as_credentials_too(site: Site) -> None:
