@@ -33,6 +33,7 @@ class Arrival:
         "_bridge",
         "_endpoints",
         "_hello",
+        "_is_answered",
         "_is_shaking",
         "_offered",
         "_route",
@@ -50,6 +51,7 @@ class Arrival:
         self._route: Route | None = None
         self._stream: TlsStream | None = None
         self._is_shaking = False  # a worker has the stream
+        self._is_answered = False  # the first step is done
         self._timer: Timer | None = None
 
     @property
@@ -105,7 +107,7 @@ class Arrival:
 
     def ended(self) -> None:
         """The device has gone. It may have said something behind the handshake's last step."""
-        if not self._is_shaking:
+        if not (self._is_shaking and self._is_answered):
             self._bridge.close()
 
     def _refuse(self, name: str, why: str) -> None:
@@ -125,12 +127,17 @@ class Arrival:
         if self._is_shaking or stream is None:
             return
         stream.receive(self._bridge.take_held())
-        self._is_shaking = self._endpoints.handshakers.submit(stream.handshake, self._shaken)
+        self._is_shaking = self._endpoints.handshakers.submit(self._blocking_shake, self._shaken)
         if not self._is_shaking:
             self._refuse("handshakes", "too many TLS handshakes wait")
 
+    def _blocking_shake(self) -> bool:
+        """Do a step of the handshake, unless the device has gone before its turn came."""
+        assert self._stream is not None
+        return self._bridge.state is not BridgeState.CLOSED and self._stream.handshake()
+
     def _shaken(self, is_done: bool | None, error: Exception | None) -> None:
-        self._is_shaking = False
+        self._is_shaking, self._is_answered = False, True
         bridge, stream, route = self._bridge, self._stream, self._route
         assert stream is not None
         assert route is not None
