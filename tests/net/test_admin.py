@@ -502,7 +502,7 @@ def test_a_path_that_is_another_s_by_now_stays(tmp_path: Path) -> None:
 def test_a_slow_reader_holds_up_nobody(running: Running) -> None:
     with running.connect(receive_bytes=4096) as slow:
         slow.sendall(LARGE_REQUEST)
-        wait_until(lambda: any(c.is_answering for c in running.admin.connections))
+        wait_until(lambda: any(c.is_answering for c in list(running.admin.connections)))
         assert running.ask(REQUEST)[0] == 200
         assert answer_on(slow)[2] == LARGE.encode()
     running.wait_until_free()
@@ -581,7 +581,7 @@ def test_who_goes_away_leaves_nothing(running: Running, caplog: pytest.LogCaptur
             sock = running.connect(4096)
             sock.sendall(request)
             if request == LARGE_REQUEST:
-                wait_until(lambda: any(c.is_answering for c in running.admin.connections))
+                wait_until(lambda: any(c.is_answering for c in list(running.admin.connections)))
             end(sock)
             running.wait_until_free()
     assert not caplog.records
@@ -593,7 +593,7 @@ def test_closed_with_connections_in_every_state() -> None:
         for sock, request in zip(socks, (b"", REQUEST[:-1], REQUEST, LARGE_REQUEST)):
             sock.sendall(request)
         wait_until(lambda: len(running.admin.connections) == 4)
-        wait_until(lambda: any(c.is_answering for c in running.admin.connections))
+        wait_until(lambda: any(c.is_answering for c in list(running.admin.connections)))
         running.loop.call_soon_threadsafe(running.admin.close)
         running.wait_until_free()
         assert socks[0].recv(1) == b""

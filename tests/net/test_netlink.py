@@ -461,7 +461,7 @@ def test_an_address_of_ipv4_that_is_gone(namespace: None) -> None:
 
 
 def test_an_address_of_ipv6_that_is_gone(namespace: None) -> None:
-    ip("addr add 2001:db8::1/128 dev lo")
+    ip("addr add 2001:db8::1/128 dev lo nodad")  # else it can't be used at once
     with connected("2001:db8::1") as sock:
         assert not local_address_is_gone(sock)
         ip("addr del 2001:db8::1/128 dev lo")
