@@ -134,7 +134,7 @@ def run_once(scenario: Scenario, system: str, amount: int, is_quick: bool) -> Fi
     try:
         with scenario.place(SYSTEMS[system]) as running:
             if is_quick:
-                running.idle_s = 1.0
+                running.idle_s = 0.1
             return scenario.run(running, amount)
     finally:
         signal.alarm(0)

@@ -111,7 +111,7 @@ def _memory(running: Running, channels: int) -> Figures:
 def _hold(running: Running, channels: int) -> tuple[list[socket.socket], Figures]:
     before = running.rss_kib()
     socks = load.hold(running.target, channels)
-    time.sleep(1)
+    time.sleep(running.idle_s / 10)
     after = running.rss_kib()
     each = {f"{role} KiB/channel": (after[role] - before[role]) / channels for role in before}
     return socks, each
@@ -199,7 +199,7 @@ def _wait_until_quiet(running: Running) -> None:
     time.sleep(running.idle_s / 2)
     for _ in range(20):
         before = sum(running.cpu_s().values())
-        time.sleep(1)
+        time.sleep(running.idle_s / 10)
         if sum(running.cpu_s().values()) - before <= 0.02:
             return
 
@@ -227,7 +227,7 @@ def _tunnels(running: Running, count: int) -> Figures:
     seconds = time.perf_counter() - begin
     # A relay may look at each tunnel once more when the 10 s for opening it are over: that is
     # of the opening, not of the idle time.
-    time.sleep(running.idle_s + 1)
+    time.sleep(running.idle_s * 1.1)
     held, idle, begin = relay.memory_kib()[0], relay.cpu_s(), time.perf_counter()
     time.sleep(running.idle_s)
     idle_share = (relay.cpu_s() - idle) / (time.perf_counter() - begin)
