@@ -11,9 +11,11 @@ they fail.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,19 +24,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools import environment
 from tools.environment import PROJECT
 
-# With published releases and other people's programs, and under load: two files at a time.
+# How many run at once: most tests wait, for what programs and networks take their time with.
+# With published releases and other people's programs, and under load.
 REST = (
-    "tests/interop",
+    *("-n", "4", "--dist", "worksteal", "tests/interop"),
     *(f"tests/test_{name}.py" for name in ("real_users", "load", "acme", "endpoints", "bench")),
 )
 # Whole programs for a while, in networks of their own and under systemd; once is enough.
-WHOLE = tuple(
-    f"tests/test_{name}.py" for name in ("faults", "network", "signals", "soak", "systemd")
+WHOLE = (
+    *("-n", "6", "--dist", "worksteal"),
+    *(f"tests/test_{name}.py" for name in ("faults", "network", "signals", "soak", "systemd")),
 )
-# The package itself. Its tests mostly wait, so several run at once.
-CORE = ("-n", "4", "tests", *(f"--ignore={path}" for path in (*REST, *WHOLE)))
+# The package itself.
+CORE = (
+    *("-n", "8", "tests"),
+    *(f"--ignore={path}" for path in (*REST, *WHOLE) if path.startswith("tests")),
+)
 # Those in which it matters which package encrypts.
-CRYPTO = ("-n", "4", *(f"tests/{name}" for name in ("protocol", "net", "client", "server")))
+CRYPTO = ("-n", "8", *(f"tests/{name}" for name in ("protocol", "net", "client", "server")))
 OTHER_PYTHONS: tuple[tuple[str, tuple[str, ...]], ...] = (("3.9", ()), ("3.13", ("-OO",)))
 CACHE = PROJECT / ".cache"
 
@@ -67,21 +74,48 @@ class Steps:
         return int(any(result == "FAILED" for _, result, _ in self._results))
 
 
+def other_python(version: str) -> Path | None:
+    """Return the Python of an environment with this version; None where there is none."""
+    base = environment.find_python(version)
+    if base is None:
+        return None
+    return environment.ensure(
+        CACHE / f"python-{version}",
+        PROJECT / "requirements.txt",
+        PROJECT / "tests" / "requirements.txt",
+        python=base,
+    )
+
+
+def pytest_of(python: Path, *flags: str) -> tuple[str, ...]:
+    """Return the command that runs pytest; what two of them remember would get mixed up."""
+    return (str(python), *flags, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+
+
+def prepare() -> None:
+    """Make what later steps need, beside the first ones; where that fails, they say so."""
+    from tests.interop.peers import RELEASES, prepare
+
+    for release in RELEASES:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            prepare(release)
+    for version, flags in OTHER_PYTHONS:
+        python = other_python(version)
+        if python:
+            # One process compiles what it imports, rather than all of them at once.
+            collect = (*pytest_of(python, *flags), "--collect-only", *CORE, "-n", "0")
+            subprocess.run(collect, cwd=PROJECT, check=False, stdout=subprocess.DEVNULL)
+
+
 def other_pythons(steps: Steps) -> None:
     """Run the package's own tests with the oldest and the newest Python."""
     for version, flags in OTHER_PYTHONS:
         name = f"tests of the package, Python {version} {' '.join(flags)}".rstrip()
-        base = environment.find_python(version)
-        if base is None:
+        python = other_python(version)
+        if python is None:
             steps.missing(name, f"Python {version}")
             continue
-        python = environment.ensure(
-            CACHE / f"python-{version}",
-            PROJECT / "requirements.txt",
-            PROJECT / "tests" / "requirements.txt",
-            python=base,
-        )
-        steps.run(name, str(python), *flags, "-m", "pytest", "-q", "-p", "no:cacheprovider", *CORE)
+        steps.run(name, *pytest_of(python, *flags), *CORE)
 
 
 def main() -> int:
@@ -98,15 +132,20 @@ def main() -> int:
     if options.arguments:
         steps.run("pytest", *pytest, *options.arguments)
         return steps.report()
+    # Programs are started by the hundred: they needn't compile themselves each time.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    preparing = threading.Thread(target=prepare, daemon=True)
+    if not options.quick:
+        preparing.start()
     steps.run("ruff check", sys.executable, "-m", "ruff", "check", ".")
     steps.run("ruff format", sys.executable, "-m", "ruff", "format", "--check", "--quiet", ".")
     steps.run("mypy", sys.executable, "-m", "mypy")
     steps.run("tests of the package", *pytest, *CORE)
     if options.quick:
         return steps.report()
-    steps.run("tests of faults, signals and systemd", *pytest, "-n", "3", *WHOLE)
-    two = ("-n", "2", "--dist", "loadfile")
-    steps.run("tests with other programs, and under load", *pytest, *two, *REST)
+    preparing.join()
+    steps.run("tests of faults, signals and systemd", *pytest, *WHOLE)
+    steps.run("tests with other programs, and under load", *pytest, *REST)
     steps.run("tests with cryptography", *pytest, "--crypto=cryptography", *CRYPTO)
     other_pythons(steps)
     return steps.report()

@@ -28,10 +28,15 @@ def missing(what: str) -> None:
     pytest.skip(f"{what} is missing")
 
 
+def prepare(release: str) -> str | None:
+    """Return a Python that has this release, made where there is none yet; None if it can't."""
+    return environment.python_with_snitun(FOLDER, release, RELEASES[release])
+
+
 @functools.cache
 def python_with_snitun(release: str) -> str:
     """Return a Python that has this release; skip the test where it can't be made."""
-    python = environment.python_with_snitun(FOLDER, release, RELEASES[release])
+    python = prepare(release)
     if python is None:
         missing(f"Python {RELEASES[release]}, on which snitun {release} runs,")
     assert python is not None
