@@ -239,7 +239,7 @@ def test_200_slow_handlers(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(threads) == 16
     wait_until(lambda: handlers._workers._threads == 0)
     wait_until(lambda: descriptors() <= before)
-    assert "snitun-worker" not in {thread.name for thread in threading.enumerate()}
+    wait_until(lambda: "snitun-worker" not in {thread.name for thread in threading.enumerate()})
     assert all(target.error is None for target in targets)
 
 

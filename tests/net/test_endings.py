@@ -22,7 +22,6 @@ from snitun_sync.protocol import frame
 from tests.services import Services, raw_client, refusing_port
 from tests.support import (
     MIB,
-    WAIT_S,
     Credentials,
     Device,
     Endpoint,
@@ -400,10 +399,8 @@ def receive_everything(device: Device, size: int) -> None:
 
 
 def test_version_0_a_short_stall_completes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for module in (tunnel_module, bridges_module):  # short, also on a slow machine
-        monkeypatch.setattr(module, "SUSPEND_S", WAIT_S)
     with Services(tmp_path, version=0, budget_bytes=4 * MIB) as services:
         devices = [services.device(f"SOURCE {20 * MIB}") for _ in range(3)]
         wait_until(lambda: services.server.bridges.suspended)
