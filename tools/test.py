@@ -92,13 +92,17 @@ def pytest_of(python: Path, *flags: str) -> tuple[str, ...]:
     return (str(python), *flags, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 
-def prepare() -> None:
-    """Make what later steps need, beside the first ones; where that fails, they say so."""
+def prepare_releases() -> None:
+    """Make environments with the published releases; where that fails, their tests say so."""
     from tests.interop.peers import RELEASES, prepare
 
     for release in RELEASES:
         with contextlib.suppress(subprocess.CalledProcessError):
             prepare(release)
+
+
+def prepare_pythons() -> None:
+    """Make environments with the other Pythons; where that fails, their steps say so."""
     for version, flags in OTHER_PYTHONS:
         python = other_python(version)
         if python:
@@ -134,19 +138,23 @@ def main() -> int:
         return steps.report()
     # Programs are started by the hundred: they needn't compile themselves each time.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    preparing = threading.Thread(target=prepare, daemon=True)
+    # Others download and unpack beside the first steps.
+    releases = threading.Thread(target=prepare_releases, daemon=True)
+    pythons = threading.Thread(target=prepare_pythons, daemon=True)
     if not options.quick:
-        preparing.start()
+        releases.start()
+        pythons.start()
     steps.run("ruff check", sys.executable, "-m", "ruff", "check", ".")
     steps.run("ruff format", sys.executable, "-m", "ruff", "format", "--check", "--quiet", ".")
     steps.run("mypy", sys.executable, "-m", "mypy")
     steps.run("tests of the package", *pytest, *CORE)
     if options.quick:
         return steps.report()
-    preparing.join()
+    releases.join()
     steps.run("tests of faults, signals and systemd", *pytest, *WHOLE)
     steps.run("tests with other programs, and under load", *pytest, *REST)
     steps.run("tests with cryptography", *pytest, "--crypto=cryptography", *CRYPTO)
+    pythons.join()
     other_pythons(steps)
     return steps.report()
 
