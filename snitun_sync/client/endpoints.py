@@ -221,7 +221,7 @@ class Endpoints:
             assert certificate is not None
             stamp = self._seen[certificate] = certificate.stamp()
             is_quiet = seen.get(certificate) == stamp
-            if is_quiet and (stamp != certificate.tried or certificate.context is None):
+            if is_quiet and (stamp != certificate.tried or certificate.failure):
                 done = partial(self._loaded, certificate)
                 self._workers.submit(certificate.blocking_load, done)  # or else the next time
 

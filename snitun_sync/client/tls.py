@@ -83,11 +83,11 @@ class Certificate(Loaded):
         return f"{self._path}, valid until {utc(self.not_after)} UTC"
 
     def doubt(self) -> str:
-        """Return why devices don't take, or don't get, what is in the files; "" if they may."""
+        """Return why devices don't get a certificate, or don't take it; "" if they may."""
+        if self.context is None:
+            return self.failure
         now = time.time()
-        if self.context is not None and self.not_after <= now:
-            return self._expired(self, now)
-        return self.failure
+        return self._expired(self, now) if self.not_after <= now else ""
 
     def stamp(self) -> object:
         """Return what is another thing as soon as the files have changed."""
@@ -108,17 +108,25 @@ class Certificate(Loaded):
         self.failure = ""
 
     def inherit(self, former: Certificate) -> None:
-        """Go on with what counted for `former`, unless something counts here already."""
-        if self.context is None:
-            failure = self.failure
-            self.take(former)
-            self.failure = failure
+        """Go on with what counted for `former`, where nothing counts here, or not yet."""
+        failure, now = self.failure, time.time()
+        if self.context is not None:
+            if self.not_before <= now or not former.is_valid(now):
+                return
+            failure = self._early(self, now)
+        self.take(former)
+        self.failure = failure
+
+    def is_valid(self, now: float) -> bool:
+        """Tell whether what counts is valid at a time, UTC Unix seconds."""
+        return self.context is not None and self.not_before <= now < self.not_after
 
     def blocking_load(self) -> Loaded:
         """Read and check the files; `take` is what makes them count. Raises ConfigurationError.
 
-        That is ExpiredError where time is the reason. One whose time hasn't come yet is taken:
-        it is the clock that is wrong, of a machine that has just started without a battery.
+        That is ExpiredError where time is the reason. One whose time hasn't come yet is taken,
+        unless another one is valid: it is the clock that is wrong, of a machine that has just
+        started without a battery.
         """
         before, self.tried = self.tried, self.stamp()
         self.is_news = is_news = self.tried != before
@@ -140,9 +148,12 @@ class Certificate(Loaded):
         now = time.time()
         if loaded.not_after <= now:
             raise ExpiredError(self._expired(loaded, now))
-        if loaded.not_before > now and is_news:
-            said = f"is valid from {utc(loaded.not_before)} UTC on only; using it anyway"
-            log.warning("%s: %s %s", self._option, self._by_the_clock(now), said)
+        if loaded.not_before > now:
+            early = self._early(loaded, now)
+            if self.is_valid(now):
+                raise ExpiredError(early)
+            if is_news:
+                log.warning("%s; using it unless there is another one", early)
         return loaded
 
     # --- what is checked -------------------------------------------------------------
@@ -227,6 +238,10 @@ class Certificate(Loaded):
 
     def _by_the_clock(self, now: float) -> str:
         return f"by this machine's clock ({utc(now)} UTC) the certificate in {self._path}"
+
+    def _early(self, loaded: Loaded, now: float) -> str:
+        said = f"{self._by_the_clock(now)} is valid from {utc(loaded.not_before)} UTC on"
+        return f"{self._option}: {said}; expected one that is valid"
 
     def _expired(self, loaded: Loaded, now: float) -> str:
         said = f"{self._by_the_clock(now)} expired at {utc(loaded.not_after)} UTC"

@@ -726,6 +726,12 @@ def shown(site: Site, hostname: str = HOSTNAME) -> bytes:
         return found
 
 
+def failure_of(site: Site) -> str:
+    certificate = site.client.endpoints.routes[0].certificate
+    assert certificate is not None
+    return certificate.failure
+
+
 def test_a_certificate_is_exchanged_while_connections_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -745,12 +751,13 @@ def test_a_certificate_is_exchanged_while_connections_stay(
                 said = f"--tls-cert: no certificate in {path}; expected PEM, with -----BEGIN CERT"
                 assert said in caplog.text
                 assert shown(site) == second
-                assert "no certificate in" in site.client.ready()
+                assert not site.client.ready()  # devices get through
+                assert said in site.client.report()["endpoints"][0]["certificate"]["failure"]
                 # Settings that are read again are another way to find the same out.
                 with pytest.raises(ConfigurationError, match="no certificate in"):
                     Settings(site.ticket, service.address, tls_cert=str(path))
                 write_certificate(path)
-                wait_until(lambda: not site.client.ready())
+                wait_until(lambda: not failure_of(site))
                 assert shown(site) not in (first, second)
                 device.sendall(b"still here")
                 assert receive_exactly(device, 10) == b"still here"
@@ -800,7 +807,8 @@ def test_a_reload_keeps_the_certificate_that_works(
             first = shown(site)
             Path(certificate).unlink()
             site.client.reconfigure(Settings(site.ticket, service.address, **options))
-            wait_until(lambda: "can't read" in site.client.ready())
+            wait_until(lambda: failure_of(site))
+            assert not site.client.ready()
             assert shown(site) == first
             assert f"can't read {certificate}: No such file or directory; the former" in caplog.text
 

@@ -307,9 +307,23 @@ def test_a_clock_that_is_behind(tmp_path: Path, caplog: pytest.LogCaptureFixture
     [line] = warned(caplog)
     assert re.fullmatch(
         r"--tls-cert: by this machine's clock \(.{19} UTC\) the certificate in \S*/cert\.pem is "
-        rf"valid from {utc(files.certificate.not_before)} UTC on only; using it anyway",
+        rf"valid from {utc(files.certificate.not_before)} UTC on; expected one that "
+        r"is valid; using it unless there is another one",
         line,
     )
+
+
+def test_one_that_isn_t_valid_yet_takes_no_valid_one_s_place(tmp_path: Path) -> None:
+    files = Files(tmp_path)
+    former = files.load()
+    files.write(cert_pem(begin_s=DAY_S, end_s=2 * DAY_S), key_pem())
+    with pytest.raises(ExpiredError, match="is valid from"):
+        former.blocking_load()
+    fresh = Certificate(str(files.cert), str(files.key), ("http/1.1",))  # as after a reload
+    fresh.take(fresh.blocking_load())
+    fresh.inherit(former)
+    assert (fresh.leaf, fresh.context, fresh.doubt()) == (former.leaf, former.context, "")
+    assert "is valid from" in fresh.failure
 
 
 def test_a_key_that_everybody_can_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -365,7 +379,7 @@ def test_what_counted_goes_on_under_other_settings(tmp_path: Path) -> None:
         former.not_after,
         former.leaf,
     )
-    assert later.doubt() == later.failure == "not there"
+    assert (later.failure, later.doubt()) == ("not there", "")  # devices get through
     other = Files(tmp_path).load()
     context = other.context
     other.inherit(former)
