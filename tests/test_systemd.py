@@ -175,6 +175,12 @@ def test_the_settings_are_right(
     text = SETTINGS.read_text()
     if commented:
         text = re.sub(r"^#(?! )", "", text, flags=re.MULTILINE)
+        found = trustme.CA().issue_cert("home.example.com")
+        found.cert_chain_pems[0].write_to_path(str(tmp_path / "home.example.com.crt"))
+        (tmp_path / "home.example.com.key").touch(0o600)
+        found.private_key_pem.write_to_path(str(tmp_path / "home.example.com.key"))
+        assert "/etc/snitun/tls/" in text
+        text = text.replace("/etc/snitun/tls/", f"{tmp_path}/")
     (tmp_path / "snitun.ini").write_text(text)
     secret = {
         "client": ("--token-file", credentials.ticket_file),
