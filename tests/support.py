@@ -474,6 +474,15 @@ def process_counts(pid: int) -> tuple[int, int]:
     return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
 
 
+def has_more_than(before: tuple[int, int], pid: int) -> bool:
+    """Return whether the process has more descriptors or threads than `before`.
+
+    Fewer mean nothing: what ended earlier may have been counted then (a thread that was joined
+    is seen for some moments more).
+    """
+    return any(now > then for now, then in zip(process_counts(pid), before))
+
+
 def rss_kib(pid: int) -> int:
     """Return the process's resident memory in KiB."""
     with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import socket
 import ssl
 import struct
@@ -209,7 +210,7 @@ def test_refused_tokens_are_just_closed_and_logged(
                 except ConnectionResetError:
                     pass  # closed with input unread: there was nothing to say
     text = caplog.text
-    assert f"the token for {HOSTNAME} expired 3600 s ago" in text
+    assert re.search(f"the token for {HOSTNAME} expired 36[0-9]{{2}} s ago", text)
     assert "signature matches none of the Fernet keys" in text
     assert "matches none of the Fernet keys" in text
     assert "64 bytes came behind the token" in text
