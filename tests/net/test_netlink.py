@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -441,13 +442,23 @@ def test_any_bytes_give_a_bool_and_raise_nothing(data: bytes) -> None:
 def connected(host: str) -> socket.socket:
     """Return a connection from `host`, an IP address, to itself."""
     family, *_, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family) as server:
-        server.bind(place)
-        server.listen()
-        sock = socket.socket(family)
-        sock.connect(server.getsockname())
-        server.accept()[0].close()
-        return sock
+
+    def attempt() -> socket.socket | None:
+        with socket.socket(family) as server, contextlib.ExitStack() as stack:
+            try:
+                server.bind(place)
+                server.listen()
+                sock = stack.enter_context(socket.socket(family))
+                sock.connect(server.getsockname())
+            except OSError:
+                return None  # a new address of IPv6 can be used when the kernel gets round to it
+            server.accept()[0].close()
+            stack.pop_all()
+            return sock
+
+    sock = wait_until(attempt)
+    assert isinstance(sock, socket.socket)
+    return sock
 
 
 def test_an_address_of_ipv4_that_is_gone(namespace: None) -> None:
