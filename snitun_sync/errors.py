@@ -17,7 +17,11 @@
     │   ├── RefusedError       the relay closed it before the tunnel was up
     │   └── LostError          it was up and has ended
     │       ├── DeadLinkError    because nothing came through it any more
-    │       └── TakenOverError   because of another one with the same names
+    │       ├── TakenOverError   because of another one with the same names
+    │       └── RevokedError     because its token was revoked
+    ├── MasterError            the session master gives no token
+    │   └── DeniedError          because it refuses this client
+    ├── StoreError             the session master's database can't be used
     ├── ListenError            an address can't be listened on
     ├── NotReadyError          who was asked for its status isn't ready
     ├── ChannelError           one device's connection was cut
@@ -106,6 +110,22 @@ class DeadLinkError(LostError):
 
 class TakenOverError(LostError):
     """Another connection leads the tunnel's names now."""
+
+
+class RevokedError(LostError):
+    """The tunnel's token was revoked."""
+
+
+class MasterError(SniTunError):
+    """The session master gives no token."""
+
+
+class DeniedError(MasterError):
+    """The session master refuses this client: its secret is wrong, or it was revoked."""
+
+
+class StoreError(SniTunError):
+    """The session master's database can't be used."""
 
 
 class ListenError(SniTunError):

@@ -20,6 +20,7 @@ from .errors import (
     NotReadyError,
     RefusedError,
     SniTunError,
+    StoreError,
     UnreadableError,
     UsageError,
 )
@@ -49,6 +50,7 @@ _EXIT_CODES = (
     (ConfigurationError, EXIT_CONFIGURATION),
     ((RefusedError, AuthenticationError), EXIT_REFUSED),
     (NotReadyError, EXIT_NOT_READY),
+    (StoreError, EXIT_IO),
     ((LinkError, ListenError), EXIT_UNAVAILABLE),
 )
 

@@ -30,6 +30,7 @@ from ..errors import (
     DeadLinkError,
     LostError,
     RefusedError,
+    RevokedError,
     SniTunError,
     StrangerError,
     TakenOverError,
@@ -41,6 +42,7 @@ from ..protocol.frame import (
     EXTRA_PING,
     EXTRA_PING_GOAWAY,
     IPV4_MAPPED,
+    REVOKED,
     STOPPING,
     TAKEN_OVER,
 )
@@ -470,9 +472,12 @@ class Tunnel(Handler):
             text = "the token has expired"
         elif reason == STOPPING:
             text = "the relay is stopping"
+        elif reason == REVOKED:
+            text = "the token was revoked"
         else:
             text = "the relay ended the tunnel"
-        self._goaway = TakenOverError(text) if reason == TAKEN_OVER else LostError(text)
+        kind = {TAKEN_OVER: TakenOverError, REVOKED: RevokedError}.get(reason, LostError)
+        self._goaway = kind(text)
         self._goaway_at = self.loop.now
 
     def _link_error(self, error: OSError | None) -> SniTunError:

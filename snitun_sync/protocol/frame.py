@@ -32,6 +32,7 @@ EXTRA_PING_GOAWAY = b"ping" + b"goaway?"
 TAKEN_OVER = b"over"  # the id is the new client's address, IPv6 or IPv4-mapped; then its port, 2
 EXPIRED = b"late"
 STOPPING = b"stop"
+REVOKED = b"void"
 
 NEW_PAYLOAD_UNIT = 16  # a version 2 NEW payload is filled up to a multiple of this
 MAX_NEW_PAYLOAD = 256  # published relays send 16 or 32

@@ -18,6 +18,7 @@ from struct import Struct
 
 from ..errors import ConfigurationError, TokenError
 from .cipher import BLOCK_SIZE, CIPHERS, IV_SIZE, KEY_SIZE
+from .device import is_device_id
 from .names import is_hostname, is_time, normal_hostname
 
 TYPE_CHECKING = False
@@ -43,10 +44,20 @@ class Payload:
     """What a token says.
 
     `valid` is the time (UTC, Unix seconds) from which the token is refused;
-    `hostname` and `alias` are in normal form; `aes_key` has 32 bytes, `aes_iv` 16.
+    `hostname` and `alias` are in normal form; `aes_key` has 32 bytes, `aes_iv` 16;
+    `device_id` is the session master's name for the client, "" where it gave none.
     """
 
-    __slots__ = ("aes_iv", "aes_key", "alias", "cipher", "hostname", "protocol_version", "valid")
+    __slots__ = (
+        "aes_iv",
+        "aes_key",
+        "alias",
+        "cipher",
+        "device_id",
+        "hostname",
+        "protocol_version",
+        "valid",
+    )
 
     def __init__(
         self,
@@ -58,8 +69,10 @@ class Payload:
         alias: Sequence[str] = (),
         protocol_version: int = 0,
         cipher: str = "aes-cbc",
+        device_id: str = "",
     ) -> None:
         self.valid, self.hostname, self.alias = valid, hostname, tuple(alias)
+        self.device_id = device_id
         self.aes_key, self.aes_iv = aes_key, aes_iv
         self.protocol_version, self.cipher = protocol_version, cipher
 
@@ -80,6 +93,8 @@ class Payload:
         }
         if self.cipher != "aes-cbc":
             fields["cipher"] = self.cipher
+        if self.device_id:  # ours; published relays ignore it
+            fields["device_id"] = self.device_id
         return json.dumps(fields).encode()
 
     @classmethod
@@ -102,6 +117,7 @@ class Payload:
             aes_iv=_hex(fields.get("aes_iv"), "aes_iv", IV_SIZE),
             protocol_version=_version(fields.get("protocol_version")),
             cipher=_cipher(fields.get("cipher", "aes-cbc")),
+            device_id=_device_id(fields.get("device_id")),
         )
 
 
@@ -140,6 +156,14 @@ def _cipher(value: Any) -> str:
     if value not in CIPHERS:
         raise TokenError(f"the token's cipher is not one of {', '.join(CIPHERS)}")
     return str(value)
+
+
+def _device_id(value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str) or not is_device_id(value):
+        raise TokenError("the token's device_id is no device's id")
+    return value
 
 
 def new_fernet_key(random: Callable[[int], bytes]) -> str:
@@ -194,6 +218,11 @@ class Fernet:
         return bytes(padded[:-padding])
 
 
+def created(text: bytes | bytearray) -> int:
+    """Return when a token was made, UTC Unix seconds; `text` is one that `Fernet.open` takes."""
+    return int.from_bytes(base64.urlsafe_b64decode(text[:12])[1:], "big")
+
+
 def check_fernet_keys(keys: Sequence[str]) -> list[tuple[bytes, bytes]]:
     """Return the signing and the encrypting half of each key. Raises ConfigurationError."""
     if not keys:
@@ -242,7 +271,15 @@ class TokenReader:
     and its signature verifies. Nothing may follow it.
     """
 
-    __slots__ = ("_fernet", "_macs", "_next_length", "_raw", "_text", "is_plausible")
+    __slots__ = (
+        "_fernet",
+        "_macs",
+        "_next_length",
+        "_raw",
+        "_text",
+        "created",
+        "is_plausible",
+    )
 
     def __init__(self, fernet: Fernet) -> None:
         self._fernet = fernet
@@ -251,6 +288,8 @@ class TokenReader:
         # What is decoded, and its HMACs: no byte of it is looked at twice, whoever sends it.
         self._raw = bytearray()
         self._macs: list[hmac.HMAC] = []
+        self.created = 0
+        """When the token says that it was made, UTC Unix seconds; once it is whole."""
         self.is_plausible = False
         """What has come so far has a token's length, though no key verifies it."""
 
@@ -264,6 +303,7 @@ class TokenReader:
         if not text and len(data) <= MAX_TEXT and _may_be_whole(data):
             payload = self._fernet.open(data)  # it nearly always comes in one piece
             if payload is not None:
+                self.created = created(data)
                 return payload
         text += data
         if len(text) > MAX_TEXT:
@@ -299,4 +339,5 @@ class TokenReader:
             raise TokenError("the token's signature matches none of the Fernet keys")
         if length < len(self._text):
             raise TokenError(f"{len(self._text) - length} bytes came behind the token")
+        self.created = created(self._text)
         return payload
