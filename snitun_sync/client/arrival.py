@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from ..net.bridge import Bridge
     from ..net.loop import Timer
+    from ..tls import TlsStream
     from .endpoint import Target
     from .endpoints import Endpoints, Route
-    from .tls import TlsStream
 
 
 class Arrival:
@@ -99,7 +99,7 @@ class Arrival:
         elif route.certificate.context is None:
             self.abort(EndpointError(route.certificate.failure))
         else:
-            from .tls import TlsStream  # noqa: PLC0415  few need it
+            from ..tls import TlsStream  # noqa: PLC0415  few need it
 
             self._route, self._stream = route, TlsStream(route.certificate.context)
             endpoints.handshake_began(self)

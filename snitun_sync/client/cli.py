@@ -8,6 +8,7 @@ import sys
 import time
 
 from ..errors import ConfigurationError, TicketError, UsageError
+from ..net.loop import utc
 from ..net.tuning import CHANNEL_IDLE_S, CLIENT_BUDGET_BYTES, CONNECT_S, KEEPALIVE_S
 from ..options import COMMAND_LINE, DEFAULT, ENDPOINTS, SOURCES, Parser, check_service
 from ..program import main, read_secret, read_text, run_service, say
@@ -15,7 +16,7 @@ from ..protocol.aes import load
 from ..protocol.cipher import CIPHERS, IV_SIZE, KEY_SIZE
 from ..protocol.names import parse_address
 from ..protocol.ticket import LINE_PREFIX, RELAY_PORT, TOKEN_PREFIX, Ticket, is_token
-from .client import Client, utc
+from .client import Client
 from .settings import (
     ENDPOINT,
     MAX_CHANNELS,

@@ -27,17 +27,16 @@ from ..errors import (
 )
 from ..net.bridge import Bridge, BridgeState
 from ..net.dialing import blocking_dial
-from ..net.loop import Handler, utc_time
+from ..net.loop import Handler, utc
 from ..net.netlink import NetworkWatch, local_address_is_gone
 from ..net.service import Service
-from ..net.sockets import check_congestion_control, set_congestion_control, unpack_ip
+from ..net.sockets import check_congestion_control, reason, set_congestion_control, unpack_ip
 from ..net.tuning import CONNECT_S, PROBE_S
 from ..net.tunnel import Tunnel, TunnelState
 from ..net.workers import Workers
 from ..protocol.aes import load
 from ..protocol.cipher import unit_cipher
 from ..protocol.handshake import ClientHandshake
-from .endpoint import reason
 from .endpoints import Endpoints
 from .history import History
 from .limits import Limits
@@ -626,8 +625,3 @@ def _new_cipher(ticket: Ticket, aes: Aes) -> UnitCipher:
 
 def _random() -> float:
     return int.from_bytes(os.urandom(4), "big") / 2**32
-
-
-def utc(seconds: float) -> str:
-    """Return UTC Unix seconds as people read them."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", utc_time(seconds))

@@ -8,7 +8,7 @@ from functools import partial
 
 from ..errors import EndpointError, SniTunError
 from ..net.connecting import Connecting
-from ..net.sockets import blocking_resolve, numeric_places
+from ..net.sockets import blocking_resolve, numeric_places, reason
 from ..net.tuning import CONNECT_S
 from ..protocol.names import Address
 
@@ -166,8 +166,3 @@ class Endpoint:
         if error is not None and error.errno in _SILENT:
             self._silent_until = self._loop.now + self.timeout_s
         self._failed(target, reason(error))
-
-
-def reason(error: Exception | None) -> str:
-    """Return what an error of the system says, in its own words."""
-    return str(getattr(error, "strerror", None) or error or "unknown")

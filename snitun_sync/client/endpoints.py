@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
     from ..net.bridge import Bridge
     from ..net.loop import Timer
+    from ..tls import Certificate, Loaded
     from .arrival import Arrival
     from .client import Client
     from .handlers import Handlers
     from .health import Health
-    from .tls import Certificate, Loaded
 
 log = logging.getLogger("snitun_sync")
 

@@ -6,7 +6,7 @@ import logging
 import time
 
 from ..net.loop import READ, Handler
-from .endpoint import reason
+from ..net.sockets import reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

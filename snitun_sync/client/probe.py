@@ -15,12 +15,12 @@ import time
 from functools import partial
 
 from ..net.dialing import blocking_dial
+from ..net.sockets import reason
 from ..net.tuning import CONNECT_S
 from ..protocol.names import Address
-from .endpoint import reason
+from ..tls import said_by
 from .retry import FIRST_S
 from .settings import PROBE_PORT
-from .tls import said_by
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

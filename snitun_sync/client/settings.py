@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..net.proxy import Proxy
+    from ..tls import Certificate, TlsStream
     from .access import Access
-    from .tls import Certificate, TlsStream
 
 ENDPOINT = "127.0.0.1:443"
 # The name of an endpoint that stands for all others.
@@ -261,7 +261,7 @@ class Settings:
         """Read the certificate of an endpoint, if it has one. Raises ConfigurationError."""
         if settings.tls is None or settings.tls in self.certificates:
             return
-        from .tls import Certificate  # noqa: PLC0415  few need it
+        from ..tls import Certificate  # noqa: PLC0415  few need it
 
         certificate = Certificate(*settings.tls, option=f"{settings.source}tls-cert")
         self.certificates[settings.tls] = certificate

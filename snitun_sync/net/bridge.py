@@ -56,7 +56,7 @@ if TYPE_CHECKING:
             """The device has gone: nothing more comes. Close the bridge, unless it is of use."""
 
     class Cipher(Protocol):
-        """What ends the device's TLS here; see client/tls.py."""
+        """What ends the device's TLS here; see tls.py."""
 
         is_ended: bool
         """Whether the device has said that it sends no more."""

@@ -51,6 +51,11 @@ def utc_time(seconds: float) -> time.struct_time:
         return time.gmtime(2**31 - 1)
 
 
+def utc(seconds: float) -> str:
+    """Return UTC Unix seconds as people read them."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", utc_time(seconds))
+
+
 # poll(2)'s POLLIN and POLLOUT, which are epoll's too.
 READ = 1
 WRITE = 4

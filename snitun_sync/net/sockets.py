@@ -72,6 +72,11 @@ def limit_unacknowledged(sock: socket.socket, seconds: float) -> None:
             pass  # the tunnel has time limits of its own
 
 
+def reason(error: Exception | None) -> str:
+    """Return what an error of the system says, in its own words."""
+    return str(getattr(error, "strerror", None) or error or "unknown")
+
+
 def os_error(code: int) -> OSError:
     """Return the system's error number `code` with its text."""
     return OSError(code, os.strerror(code))

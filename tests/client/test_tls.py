@@ -25,8 +25,6 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snitun_sync.client.client import utc
-from snitun_sync.client.tls import RECORD_BYTES, Certificate, TlsStream
 from snitun_sync.errors import (
     ChannelError,
     ConfigurationError,
@@ -35,6 +33,8 @@ from snitun_sync.errors import (
     UnreadableError,
     UsageError,
 )
+from snitun_sync.net.loop import utc
+from snitun_sync.tls import RECORD_BYTES, Certificate, TlsStream
 from tests.support import HOSTNAME, MIB, WAIT_S, Program, pattern
 
 DAY_S = 86400

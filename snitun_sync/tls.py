@@ -1,4 +1,4 @@
-"""TLS that ends in the client: the certificate that devices are shown, and each one's stream.
+"""TLS that ends here: the certificate that is shown, and the stream of each connection.
 
 Only who terminates TLS loads this module: `ssl` takes 4 MiB.
 """
@@ -11,10 +11,10 @@ import re
 import ssl
 import time
 
-from ..errors import ChannelError, ConfigurationError, ExpiredError, UsageError
-from ..program import read_bytes
-from .client import utc
-from .endpoint import reason
+from .errors import ChannelError, ConfigurationError, ExpiredError, UsageError
+from .net.loop import utc
+from .net.sockets import reason
+from .program import read_bytes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
