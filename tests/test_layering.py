@@ -122,6 +122,7 @@ def test_input_is_never_checked_by_assert_in_the_protocol() -> None:
             {"asyncio", "ssl", "hashlib", "json", "cffi", "Crypto", "configparser", "difflib"},
         ),
         ("snitun_sync.client.access", {"asyncio", "ssl", "ipaddress", "snitun_sync.options"}),
+        ("snitun_sync.net.https", {"asyncio", "ssl", "http", "email", "json", "hashlib"}),
         ("snitun_sync.server.cli", {"asyncio", "ssl", "snitun_sync.client", "snitun_sync.master"}),
         ("snitun_sync.master.cli", {"asyncio", "ssl", "socket", "snitun_sync.net"}),
     ],
