@@ -19,6 +19,7 @@ from .loop import utc_time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from http.client import HTTPResponse
     from ssl import SSLContext
 
     from ..protocol.names import Address
@@ -115,12 +116,8 @@ def blocking_request(
         try:
             if context is not None:
                 name = url.address.host.partition("%")[0].rstrip(".")
-                # What ends without a word of TLS may have been cut on its way.
                 sock = context.wrap_socket(
-                    sock,
-                    server_hostname=name,
-                    do_handshake_on_connect=False,
-                    suppress_ragged_eofs=False,
+                    sock, server_hostname=name, do_handshake_on_connect=False
                 )
             if opened is not None:
                 opened(sock)
@@ -128,17 +125,8 @@ def blocking_request(
             if isinstance(sock, ssl.SSLSocket):
                 timed.ready().do_handshake()  # type: ignore[attr-defined]
             timed.send_all(_request(url, method, url.path + path or "/", headers or {}, body))
-            response = http.client.HTTPResponse(timed, method=method)  # type: ignore[arg-type]
-            response.begin()
-            fields = {name.lower(): " ".join(text.split()) for name, text in response.getheaders()}
-            if (response.length or 0) > limit_bytes:
-                raise OSError(f"{response.length} bytes, expected at most {limit_bytes}")
-            data = response.read(limit_bytes + 1)
-            if len(data) > limit_bytes:
-                raise OSError(f"an answer of more than {limit_bytes} bytes")
-            if response.length:
-                raise OSError(f"the answer lacks its last {response.length} bytes")
-            return Answer(response.status, fields, data)
+            with http.client.HTTPResponse(timed, method=method) as response:  # type: ignore[arg-type]
+                return _blocking_answer(response, limit_bytes)
         finally:
             sock.close()
     except ssl.SSLCertVerificationError as error:
@@ -184,6 +172,19 @@ class _Timed(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         return self.ready().recv_into(buffer)
+
+
+def _blocking_answer(response: HTTPResponse, limit_bytes: int) -> Answer:
+    response.begin()
+    fields = {name.lower(): " ".join(text.split()) for name, text in response.getheaders()}
+    if (response.length or 0) > limit_bytes:
+        raise OSError(f"an answer of {response.length} bytes, expected at most {limit_bytes}")
+    body = response.read(limit_bytes + 1)
+    if len(body) > limit_bytes:
+        raise OSError(f"an answer of more than {limit_bytes} bytes")
+    if response.length:
+        raise OSError(f"the answer lacks its last {response.length} bytes")
+    return Answer(response.status, fields, body)
 
 
 def _request(url: Url, method: str, target: str, headers: Mapping[str, str], body: bytes) -> bytes:

@@ -333,13 +333,6 @@ def test_answers_that_are_not_whole(text: bytes, words: str) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_tls_that_ends_without_a_word(ca_file: str) -> None:
-    """Somebody between the two has cut it: what came isn't taken for a whole answer."""
-    with answering(saying(OK + b"\r\ncut"), server_context()) as port:
-        with pytest.raises(ConnectionError, match=r"TLS failed: .*eof"):
-            ask(f"https://localhost:{port}", ca_file=ca_file)
-
-
 @pytest.mark.parametrize("is_tls", [False, True])
 @pytest.mark.parametrize("start", [b"", OK, OK + b"\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"])
 def test_a_byte_now_and_then_is_no_answer(start: bytes, is_tls: bool, ca_file: str) -> None:
