@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snitun_sync.client import Client
-from snitun_sync.client.endpoint import Endpoint as ToService
+from snitun_sync.net.endpoint import Endpoint as ToService
 from snitun_sync.protocol import frame
 from snitun_sync.protocol.aes import load
 from snitun_sync.protocol.cipher import unit_cipher

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     import socket
 
     from ..net.bridge import Bridge
+    from ..net.endpoint import Target
     from ..net.loop import Timer
     from ..tls import TlsStream
-    from .endpoint import Target
     from .endpoints import Endpoints, Route
 
 

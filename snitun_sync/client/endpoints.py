@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 from functools import partial
 
+from ..net.endpoint import Endpoint
 from ..net.workers import Workers
-from .endpoint import Endpoint
 from .settings import ANY, EndpointSettings
 
 TYPE_CHECKING = False

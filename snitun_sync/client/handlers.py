@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Protocol
 
+    from ..net.endpoint import Target
     from ..net.loop import Loop, Timer
-    from .endpoint import Target
 
     class Caller(Target, Protocol):
         """Whose connection is wanted: a device."""

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..errors import SniTunError
+    from ..net.endpoint import Endpoint
     from ..net.loop import Loop, Timer
-    from .endpoint import Endpoint
     from .settings import EndpointSettings
 
 log = logging.getLogger("snitun_sync")

@@ -17,7 +17,6 @@ import pytest
 from snitun_sync.client import Client
 from snitun_sync.client import client as client_module
 from snitun_sync.client import endpoint as endpoint_module
-from snitun_sync.client.endpoint import OPENING_LIMIT
 from snitun_sync.client.retry import Retry
 from snitun_sync.errors import (
     ConfigurationError,
@@ -32,6 +31,7 @@ from snitun_sync.errors import (
 from snitun_sync.net import tunnel as tunnel_module
 from snitun_sync.net.bridge import BridgeState
 from snitun_sync.net.connecting import Connecting
+from snitun_sync.net.endpoint import OPENING_LIMIT
 from snitun_sync.net.tuning import PROVING_FRAMES
 from snitun_sync.protocol import frame
 from snitun_sync.protocol.cipher import CIPHERS

@@ -7,19 +7,19 @@ import logging
 from functools import partial
 
 from ..errors import EndpointError, SniTunError
-from ..net.connecting import Connecting
-from ..net.sockets import blocking_resolve, numeric_places, reason
-from ..net.tuning import CONNECT_S
 from ..protocol.names import Address
+from .connecting import Connecting
+from .sockets import blocking_resolve, numeric_places, reason
+from .tuning import CONNECT_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
     from typing import Protocol
 
-    from ..net.loop import Loop, Timer
-    from ..net.sockets import Place
-    from ..net.workers import Workers
+    from .loop import Loop, Timer
+    from .sockets import Place
+    from .workers import Workers
 
     class Target(Protocol):
         """Who wants a connection: a bridge, or who goes before it."""
