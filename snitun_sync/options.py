@@ -41,7 +41,8 @@ CLIENT = f"""{ENDPOINT} acme-endpoint aes-iv-file aes-key-file allow allow-file 
     cipher endpoint exit-on-refusal keepalive max-channels max-new-channels once probe
     probe-address protocol-version proxy proxy-password-file reconnect-spread server token
     token-file"""
-MASTER = "alias cipher fernet-key-file hostname protocol-version server single-use valid-for"
+MASTER = """alias cipher database fernet-key-file hostname limit protocol-version server
+    single-use throttling valid-for"""
 SECTIONS = {
     "client": f"{SERVICE} {CLIENT}".split(),
     "server": f"{SERVICE} fernet-key-file listen peer-listen".split(),

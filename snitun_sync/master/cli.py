@@ -1,4 +1,4 @@
-"""`python -m snitun_sync.master`: new keys and tickets."""
+"""`python -m snitun_sync.master`: new keys, devices and tickets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from ..protocol.aes import load
 from ..protocol.cipher import CIPHERS, IV_SIZE, KEY_SIZE
 from ..protocol.names import is_hostname, normal_hostname, parse_address, shown
 from ..protocol.ticket import RELAY_PORT, Ticket
-from ..protocol.token import MAX_TEXT, Fernet, Payload, new_fernet_key
+from ..protocol.token import MAX_TEXT, Fernet, new_fernet_key
+from . import devices
+from .tokens import Device, seal_token
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,14 +36,15 @@ EPILOG = f"""\
   snitun-master new-key > fernet.key
   snitun-master ticket --fernet-key-file fernet.key --hostname home.example.com \\
       --server relay.example.com:443 > ticket
+  snitun-master device add home.example.com --database snitun.db > home.secret
 
 {SOURCES}
 
 exit codes (sysexits.h):
    0  done
-  64  an option is wrong
+  64  an option is wrong, or no such device
   66  a file can't be read
-  74  standard output can't be written
+  74  standard output can't be written, or the database can't be used
   78  a file's content, or a setting, is wrong"""
 
 TICKET_DESCRIPTION = """\
@@ -80,8 +83,11 @@ def parser() -> Parser:
         "for aes-gcm, whose key must never serve a second connection: the client exits "
         "when its tunnel ends",
     )
+    text = "the session master's: the ticket can be revoked then, with the device of its name"
+    ticket.add("--database FILE", text, "")
     ticket.add("--json", "print JSON instead of the line")
     ticket.add_common()
+    devices.add_parsers(commands)
     return options
 
 
@@ -97,20 +103,19 @@ def make_ticket(options: Options, now: float) -> Ticket:
         raise UsageError(f"--single-use: only with --cipher aes-gcm, found {options.cipher}")
     parse_address(options.server, "--server", default_port=RELAY_PORT)
     keys = read_fernet_keys(options.fernet_key_file, options.source("fernet_key_file"))
-    aes = load(options.crypto)
-    payload = Payload(
-        valid=int(now) + options.valid_for,
-        hostname=_hostname(options.hostname, "--hostname"),
-        alias=[_hostname(alias, "--alias") for alias in options.alias],
-        aes_key=os.urandom(KEY_SIZE),
-        aes_iv=os.urandom(IV_SIZE),
-        protocol_version=options.protocol_version,
-        cipher=options.cipher,
-    )
-    token = Fernet(keys, aes).seal(payload.to_json(), now, os.urandom)
+    valid = int(now) + options.valid_for
+    hostname = _hostname(options.hostname, "--hostname")
+    aliases = [_hostname(alias, "--alias") for alias in options.alias]
+    device = Device("", hostname, aliases)
+    if options.database:
+        device = _known_device(hostname, aliases, valid, options)
+    device.protocol_version, device.cipher = options.protocol_version, options.cipher
+    aes_key, aes_iv = os.urandom(KEY_SIZE), os.urandom(IV_SIZE)
+    fernet = Fernet(keys, load(options.crypto))
+    token = seal_token(device, fernet, aes_key=aes_key, aes_iv=aes_iv, valid=valid, now=now)
     if len(token) > MAX_TEXT:
         raise UsageError(
-            f"--alias: {len(payload.alias)} names make a token of {len(token)} characters, "
+            f"--alias: {1 + len(device.aliases)} names make a token of {len(token)} characters, "
             f"and relays take at most {MAX_TEXT}"
         )
     if len(token) > PUBLISHED_MAX_TEXT:
@@ -119,13 +124,31 @@ def make_ticket(options: Options, now: float) -> Ticket:
     return Ticket(
         server=options.server,
         token=token,
-        aes_key=payload.aes_key,
-        aes_iv=payload.aes_iv,
-        hostname=payload.hostname,
-        valid=payload.valid,
-        protocol_version=payload.protocol_version,
-        cipher=payload.cipher,
+        aes_key=aes_key,
+        aes_iv=aes_iv,
+        hostname=hostname,
+        valid=valid,
+        protocol_version=device.protocol_version,
+        cipher=device.cipher,
+        throttling=device.throttling,
     )
+
+
+def _known_device(hostname: str, aliases: list[str], valid: float, options: Options) -> Device:
+    """Return the device that has this hostname, which is added if there is none."""
+    from .store import Store  # noqa: PLC0415  which brings SQLite
+
+    with Store(options.database) as store:
+        for device in store.devices():
+            if device.hostname == hostname and device.revoked is None:
+                break
+        else:
+            device = store.add(hostname, aliases, has_secret=False)[0]
+        if not {*aliases} <= {hostname, *device.aliases}:
+            raise UsageError(
+                f"--alias: device {device.id} has other names; see {PROGRAM} device rename --help"
+            )
+        return store.note_ticket(device.id, valid)
 
 
 def _hostname(text: str, option: str) -> str:
@@ -153,6 +176,9 @@ def run(arguments: Sequence[str]) -> None:
     with parser().read(arguments) as options:
         if options.command == "new-key":
             say(new_fernet_key(os.urandom))
+            return
+        if options.command in ("device", "audit"):
+            devices.run(options)
             return
         ticket = make_ticket(options, time.time())
         say(ticket.to_json() if options.json else ticket.to_line())

@@ -22,7 +22,7 @@ from ..protocol.device import new_id, new_secret, secret_bytes
 from ..protocol.names import is_hostname, normal_hostname, shown
 from ..protocol.revocations import Revocations
 from ..protocol.token import MAX_TEXT
-from .tokens import token_length
+from .tokens import Device, token_length
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 APPLICATION_ID = 0x536E6954  # "SniT", in the file's header
+MAX_THROTTLING = 1_000_000
 BUSY_S = 30.0
 RETRY_S = 0.02
 # The file beside the database is emptied once it has so many pages: 256 KiB.
@@ -72,49 +73,9 @@ _REASONS = {
     "malformed": "it is damaged; put a copy in its place",
 }
 
+__all__ = ["Device", "Store"]
+
 log = logging.getLogger("snitun_sync")
-
-
-class Device:
-    """One client, as the database has it.
-
-    `aliases` are more hostnames of it; `throttling` the most DATA frames a second or None for no
-    limit; tokens of it that were made before `tokens_before` are refused.
-    """
-
-    __slots__ = (
-        "aliases",
-        "cipher",
-        "created",
-        "has_secret",
-        "hostname",
-        "id",
-        "last_seen",
-        "protocol_version",
-        "revoked",
-        "throttling",
-        "tokens_before",
-    )
-
-    def __init__(
-        self,
-        device_id: str,
-        hostname: str,
-        aliases: Sequence[str] = (),
-        throttling: int | None = None,
-        cipher: str = "aes-cbc",
-        protocol_version: int = 2,
-        created: int = 0,
-        last_seen: int | None = None,
-        revoked: int | None = None,
-        tokens_before: int = 0,
-        has_secret: bool = False,
-    ) -> None:
-        self.id, self.hostname, self.aliases = device_id, hostname, tuple(aliases)
-        self.throttling, self.cipher = throttling, cipher
-        self.protocol_version = protocol_version
-        self.created, self.last_seen, self.revoked = created, last_seen, revoked
-        self.tokens_before, self.has_secret = tokens_before, has_secret
 
 
 class Store:
@@ -160,11 +121,10 @@ class Store:
         has_secret: bool = True,
     ) -> tuple[Device, str]:
         """Add a device; return it and its secret, which is "" where it is to have none."""
-        if (throttling or 0) < 0 or cipher not in CIPHERS or protocol_version not in (0, 1, 2):
-            raise UsageError(
-                f"throttling {throttling}, cipher {shown(cipher)}, protocol version "
-                f"{protocol_version}: one of them can't be"
-            )
+        if not 0 <= (throttling or 0) <= MAX_THROTTLING:
+            raise UsageError(f"--throttling: {throttling}; expected 0 to {MAX_THROTTLING}")
+        if cipher not in CIPHERS or protocol_version not in (0, 1, 2):
+            raise UsageError(f"no cipher {shown(cipher)}, or no version {protocol_version}")
         names = _checked(hostname, aliases)
         secret = new_secret(os.urandom) if has_secret else ""
         with self._change() as (database, now):
@@ -267,8 +227,8 @@ class Store:
 
     # --- tokens ----------------------------------------------------------------------
 
-    def note_ticket(self, device_id: str, valid: float) -> None:
-        """A ticket of the device that is valid until then is about to be printed."""
+    def note_ticket(self, device_id: str, valid: float) -> Device:
+        """A ticket that is valid until then is about to be made for the device that it returns."""
         with self._change() as (database, now):
             device = _unrevoked(database, device_id)
             database.execute(
@@ -277,6 +237,7 @@ class Store:
             )
             until = time.strftime("%Y-%m-%d %H:%M", time.gmtime(valid))
             _note(database, now, device, f"ticket made, valid until {until}")
+        return device
 
     def note_token_ttl(self, seconds: float) -> None:
         """Tokens that live so long are about to be made: entries are to outlive them."""

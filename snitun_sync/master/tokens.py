@@ -1,4 +1,4 @@
-"""The tokens of the session master's devices."""
+"""The session master's devices, and their tokens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,51 @@ from ..protocol.token import SHORTEST, Payload
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..protocol.token import Fernet
-    from .store import Device
+
+
+class Device:
+    """One client, as the database has it.
+
+    `aliases` are more hostnames of it; `throttling` the most DATA frames a second or None for no
+    limit; tokens of it that were made before `tokens_before` are refused.
+    """
+
+    __slots__ = (
+        "aliases",
+        "cipher",
+        "created",
+        "has_secret",
+        "hostname",
+        "id",
+        "last_seen",
+        "protocol_version",
+        "revoked",
+        "throttling",
+        "tokens_before",
+    )
+
+    def __init__(
+        self,
+        device_id: str,
+        hostname: str,
+        aliases: Sequence[str] = (),
+        throttling: int | None = None,
+        cipher: str = "aes-cbc",
+        protocol_version: int = 2,
+        created: int = 0,
+        last_seen: int | None = None,
+        revoked: int | None = None,
+        tokens_before: int = 0,
+        has_secret: bool = False,
+    ) -> None:
+        self.id, self.hostname, self.aliases = device_id, hostname, tuple(aliases)
+        self.throttling, self.cipher = throttling, cipher
+        self.protocol_version = protocol_version
+        self.created, self.last_seen, self.revoked = created, last_seen, revoked
+        self.tokens_before, self.has_secret = tokens_before, has_secret
 
 
 def seal_token(
