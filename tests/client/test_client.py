@@ -16,7 +16,6 @@ import pytest
 
 from snitun_sync.client import Client
 from snitun_sync.client import client as client_module
-from snitun_sync.client import endpoint as endpoint_module
 from snitun_sync.client.retry import Retry
 from snitun_sync.errors import (
     ConfigurationError,
@@ -28,6 +27,7 @@ from snitun_sync.errors import (
     StrangerError,
     UnreachableError,
 )
+from snitun_sync.net import endpoint as endpoint_module
 from snitun_sync.net import tunnel as tunnel_module
 from snitun_sync.net.bridge import BridgeState
 from snitun_sync.net.connecting import Connecting
