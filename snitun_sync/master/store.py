@@ -64,14 +64,18 @@ INSERT INTO number VALUES ('serial', 0), ('token_ttl', 0)"""
 _DEVICE = """SELECT id, hostname, aliases, throttling, cipher, protocol_version, created, last_seen,
     revoked, tokens_before, secret FROM device"""
 
+_DAMAGED = "it is damaged; put a copy in its place"
 # What SQLite says, and what it means; Python 3.9 has no codes for errors.
 _REASONS = {
     "locked": f"another process has locked it for {BUSY_S:.0f} s",
     "is full": "no space is left on its disk",
     "readonly": "it can't be written",
     "not a database": "it is no database of SQLite",
-    "malformed": "it is damaged; put a copy in its place",
+    "malformed": _DAMAGED,
+    "decode": _DAMAGED,
 }
+
+_ERRORS = sqlite3.Error, UnicodeDecodeError
 
 __all__ = ["Device", "Store"]
 
@@ -281,7 +285,7 @@ class Store:
         with self._lock:
             try:
                 yield self._connection
-            except sqlite3.Error as error:
+            except _ERRORS as error:
                 raise self._error(error) from None
 
     @contextmanager
@@ -338,7 +342,7 @@ class Store:
             except BaseException as error:
                 if connection is not None:
                     connection.close()
-                if not isinstance(error, sqlite3.Error):
+                if not isinstance(error, _ERRORS):
                     raise
                 # While others open or close the file, SQLite doesn't always wait by itself.
                 if "locked" not in str(error) or time.monotonic() > deadline:
@@ -371,7 +375,7 @@ class Store:
         if (found := _value(database, "PRAGMA quick_check(1)")) != "ok":
             raise sqlite3.DatabaseError(f"malformed: {found}")
 
-    def _error(self, error: sqlite3.Error) -> StoreError:
+    def _error(self, error: BaseException) -> StoreError:
         said = str(error)
         reason = next((text for word, text in _REASONS.items() if word in said), said)
         if reason == said:  # such as "disk I/O error" or "unable to open database file"
