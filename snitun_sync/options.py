@@ -41,8 +41,9 @@ CLIENT = f"""{ENDPOINT} acme-endpoint aes-iv-file aes-key-file allow allow-file 
     cipher endpoint exit-on-refusal keepalive max-channels max-new-channels once probe
     probe-address protocol-version proxy proxy-password-file reconnect-spread server token
     token-file"""
-MASTER = """alias cipher database fernet-key-file hostname limit protocol-version server
-    single-use throttling valid-for"""
+MASTER = """admin-token-file alias cipher database fernet-key-file hostname insecure limit listen
+    protocol-version proxy-protocol-from relay server single-use throttling tls-cert tls-key
+    token-ttl valid-for"""
 SECTIONS = {
     "client": f"{SERVICE} {CLIENT}".split(),
     "server": f"{SERVICE} fernet-key-file listen peer-listen".split(),
@@ -248,13 +249,22 @@ class Parser(argparse.ArgumentParser):
         """
         options = Options()
         if former is not None:
-            options._taken, self._is_again = former._taken, True
+            options._taken = former._taken
+            self._read_again()
         options = self.parse_args(arguments, options)
         if former is None:
             set_up_logging(options.log_level, options.log_format)
         for warning in options._warnings:
             log.warning("%s", warning)
         return options
+
+    def _read_again(self) -> None:
+        """Let no mistake end the process, whichever sub-command it is in."""
+        self._is_again = True
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    parser._read_again()
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Options | None = None

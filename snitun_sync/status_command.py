@@ -112,13 +112,20 @@ def ask(address: Address, token: str) -> Report:
 
 def table(report: Report) -> Iterator[str]:
     """Yield the lines for people."""
-    is_client = report["program"] == "snitun-client"
+    rows = {"snitun-client": _client_rows, "snitun-server": _relay_rows}.get(
+        report["program"], _figure_rows
+    )
     for name, text in (
         ("ready" if report["is_ready"] else "NOT READY", report["summary"]),
-        *(_client_rows(report) if is_client else _relay_rows(report)),
+        *rows(report),
     ):
         yield f"{name:<13} {text}"
-    yield from _list_of_channels(report["channels"])
+    if "channels" in report:
+        yield from _list_of_channels(report["channels"])
+
+
+def _figure_rows(report: Report) -> Iterator[tuple[str, str]]:
+    yield from report["figures"].items()  # the session master's
 
 
 def _client_rows(report: Report) -> Iterator[tuple[str, str]]:

@@ -23,7 +23,9 @@ ALLOWED = {
         *("errors", "protocol", "net", "client", "options", "program", "status_command", "tls"),
     },
     "server": {"errors", "protocol", "net", "server", "options", "program", "status_command"},
-    "master": {"errors", "protocol", "net", "master", "options", "program", "tls"},
+    "master": {
+        *("errors", "protocol", "net", "master", "options", "program", "tls", "__init__"),
+    },
     "errors": set(),
     "tls": {"errors", "net", "program"},
     "__init__": set(),

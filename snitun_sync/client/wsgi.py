@@ -14,13 +14,13 @@ import io
 import logging
 import re
 import socket
-import sys
 import time
 from wsgiref.handlers import format_date_time
-from wsgiref.util import FileWrapper, is_hop_by_hop
+from wsgiref.util import is_hop_by_hop
 
 from ..errors import EndpointError, MisuseError, ViolationError
 from ..protocol.http_head import END, NAME, VALUE, parse_head
+from ..protocol.wsgi_environ import new_environ
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from ..protocol.http_head import Fields
 
-    Environ = dict[str, Any]
     Headers = list[tuple[str, str]]
     # The argument types are the application's: more than one spelling of them is in use.
     Application = Callable[..., Iterable[bytes]]
@@ -52,10 +51,7 @@ LINE_BYTES = 4096
 TRAILER_LINES = 100
 RECEIVE_BYTES = 64 * 1024
 
-_ABSOLUTE = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+;=%-]+)(?::([0-9]{0,5}))?", re.ASCII)
 _LENGTH = re.compile(r"[0-9]{1,18}")
-_ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[\t ]*(;[\t -~\x80-\xff]*)?")
 # No 1xx: those are this server's own.
 _STATUS = re.compile(r"[2-9][0-9]{2}( [\t -~\x80-\xff]*)?")
@@ -151,7 +147,7 @@ class WsgiConversation:
         if head.count(b"\r\n") > FIELDS:
             raise OverError(_TOO_LARGE, f"more than {FIELDS} fields")
         method, target, version, fields = parse_head(head)
-        environ = _environ(method, target, version, fields, self.scheme)
+        environ = new_environ(method, target, version, fields, self.scheme)
         self._sock.settimeout(URGENT_S)
         self._waited_s = 0.0
         body = _Body(self, _body_length(version, fields))
@@ -459,49 +455,3 @@ def _body_length(version: str, fields: Fields) -> int | None:
     if _LENGTH.fullmatch(length) is None:
         raise ViolationError("Content-Length; expected one number")
     return int(length)
-
-
-def _environ(method: str, target: str, version: str, fields: Fields, scheme: str) -> Environ:
-    """Return PEP 3333's environ, but for what is the connection's."""
-    hosts = [fields.get("host", "")]  # also in 1.0: nobody is reached without a name
-    path, _, query = target.partition("?")
-    if absolute := _ABSOLUTE.fullmatch(target):  # it counts, and Host doesn't (RFC 9112, 3.2.2)
-        fields["host"] = absolute[1]
-        hosts.append(absolute[1])
-        path, _, query = absolute[2].partition("?")
-        path = path or "/"
-    name, port = "", None
-    for text in hosts:
-        host = _HOST.fullmatch(text)
-        if host is None:
-            raise ViolationError("Host; expected one name")
-        name, port = host[1], host[2]
-    if not path.startswith("/") or "#" in target:
-        raise ViolationError("the target; expected a path, http://… or https://…")
-    raw_path = path.encode("latin-1")
-    environ = {
-        "REQUEST_METHOD": method,
-        "SCRIPT_NAME": "",
-        "PATH_INFO": _ESCAPE.sub(lambda found: bytes([int(found[1], 16)]), raw_path).decode(
-            "latin-1"
-        ),
-        "QUERY_STRING": query,
-        "REQUEST_URI": target,
-        "SERVER_NAME": name,
-        "SERVER_PORT": port or ("443" if scheme == "https" else "80"),
-        "SERVER_PROTOCOL": f"HTTP/{version}",
-        "wsgi.version": (1, 0),
-        "wsgi.url_scheme": scheme,
-        "wsgi.errors": sys.stderr,
-        "wsgi.multithread": True,
-        "wsgi.multiprocess": False,
-        "wsgi.run_once": False,
-        "wsgi.input_terminated": True,
-        "wsgi.file_wrapper": FileWrapper,
-    }
-    for field, value in fields.items():
-        if "_" in field:
-            continue  # the same key as with "-", which a proxy may have checked
-        key = field.upper().replace("-", "_")
-        environ[key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}"] = value
-    return environ

@@ -1,4 +1,4 @@
-"""`python -m snitun_sync.master`: new keys, devices and tickets."""
+"""`python -m snitun_sync.master`: new keys, devices and tickets, and their service."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..protocol.cipher import CIPHERS, IV_SIZE, KEY_SIZE
 from ..protocol.names import is_hostname, normal_hostname, parse_address, shown
 from ..protocol.ticket import RELAY_PORT, Ticket
 from ..protocol.token import MAX_TEXT, Fernet, new_fernet_key
-from . import devices
+from . import devices, serve
 from .tokens import Device, seal_token
 
 TYPE_CHECKING = False
@@ -88,6 +88,7 @@ def parser() -> Parser:
     ticket.add("--json", "print JSON instead of the line")
     ticket.add_common()
     devices.add_parsers(commands)
+    serve.add_parser(commands)
     return options
 
 
@@ -179,6 +180,9 @@ def run(arguments: Sequence[str]) -> None:
             return
         if options.command in ("device", "audit"):
             devices.run(options)
+            return
+        if options.command == "serve":
+            serve.run(options, lambda former: parser().read(arguments, former))
             return
         ticket = make_ticket(options, time.time())
         say(ticket.to_json() if options.json else ticket.to_line())
