@@ -246,7 +246,8 @@ def _say_secret(device: Device, secret: str, options: Options) -> None:
 def _tell(text: str) -> None:
     """Print what is for people only: what is on standard output goes into a file."""
     try:
-        print(text, file=sys.stderr)
+        if sys.stderr is not None:
+            print(text, file=sys.stderr)
     except OSError:
         pass
 
