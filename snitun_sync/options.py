@@ -46,7 +46,8 @@ MASTER = """admin-token-file alias cipher database fernet-key-file hostname inse
     token-ttl valid-for"""
 SECTIONS = {
     "client": f"{SERVICE} {CLIENT}".split(),
-    "server": f"{SERVICE} fernet-key-file listen peer-listen".split(),
+    "server": f"""{SERVICE} fernet-key-file listen peer-listen revocations revocations-ca route
+        state-dir""".split(),
     "master": f"{COMMON} {MASTER}".split(),
 }
 # What one section may have besides: [endpoint NAME …], one for each service of a client.

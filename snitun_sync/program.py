@@ -132,6 +132,15 @@ def read_fernet_keys(path: str, option: str) -> list[str]:
     return keys
 
 
+def file_stamp(path: str) -> object:
+    """Return what is another thing as soon as a file has changed; None where there is none."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_ino, status.st_size, status.st_ctime_ns
+
+
 def take_environment(name: str) -> str | None:
     """Return the environment variable `name`, which holds a secret, and remove it."""
     value = os.environ.pop(name, None)

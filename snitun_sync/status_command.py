@@ -181,6 +181,13 @@ def _relay_rows(report: Report) -> Iterator[tuple[str, str]]:
     yield "clients", (text + "{takeovers} takeovers").format_map(report)
     yield "refused", "{refused_clients} clients, {refused_devices} devices".format_map(report)
     yield "accepted", "{accepted} connections, {arrivals} not known yet".format_map(report)
+    if (news := report.get("revocations")) is not None:
+        text = "serial {serial}, {entries} devices; refused {refused_tokens}, cut {cut_tunnels}"
+        away = f"; AWAY since {news['away_since']}: {news['failure']}" if news["failure"] else ""
+        yield "revocations", f"{text.format_map(news)}, {news['url']}{away}"
+    for route in report.get("routes", ()):
+        text = "{name} to {address}, {open} open, {opened} so far, {failed} failed"
+        yield "route", text.format_map(route)
     yield from _common_rows(report)
     for client in report["clients"][:CLIENTS_SHOWN]:
         text = "{address}, up for {}, {channels} channels, token valid until {valid}"

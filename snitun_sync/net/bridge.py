@@ -21,13 +21,12 @@ from __future__ import annotations
 
 import logging
 import socket
-import struct
 from enum import Enum
 
 from ..errors import ChannelError, EndpointError, SniTunError
 from ..protocol.mux import ChannelState
 from .loop import READ, WRITE, Handler
-from .sockets import unacknowledged_bytes
+from .sockets import reset_on_close, unacknowledged_bytes
 from .tuning import (
     DRAIN_S,
     FINISH_S,
@@ -78,8 +77,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("snitun_sync")
-
-_LINGER_RESET = struct.pack("ii", 1, 0)
 
 
 class BridgeState(Enum):
@@ -517,11 +514,8 @@ class Bridge(Handler):
         if self.state is BridgeState.CLOSED:
             return
         self.error = error
-        if self.sock is not None and self.sock.family != socket.AF_UNIX:
-            try:
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
-            except OSError:
-                pass  # it is reset already
+        if self.sock is not None:
+            reset_on_close(self.sock)
         self.state = BridgeState.CLOSED
         self.tunnel.mux.abort(self.channel)
         self._free()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import struct
 import sys
 import termios
-from struct import Struct
 
 from ..errors import UsageError
 from ..protocol.names import shown
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     """An address family, and what `connect` takes in it."""
 
 # linux/tcp.h, struct tcp_info: tcpi_min_rtt (µs) at 148, tcpi_delivery_rate (bytes/s) at 160
-_TCP_INFO = Struct("=148xI8xQ")
+_TCP_INFO = struct.Struct("=148xI8xQ")
 # A peer that vanished without a word is noticed after 60 + 4 · 15 seconds.
 KEEPALIVE_IDLE_S = 60
 KEEPALIVE_INTERVAL_S = 15
@@ -50,6 +50,15 @@ def tune(sock: socket.socket, *, is_remote: bool = True, is_blocking: bool = Tru
     ):
         if hasattr(socket, option):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def reset_on_close(sock: socket.socket) -> None:
+    """Let `close` reset the connection: who is there sees that it was cut."""
+    if sock.family != socket.AF_UNIX:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        except OSError:
+            pass  # it is reset already
 
 
 def limit_unsent(sock: socket.socket, size: int) -> None:

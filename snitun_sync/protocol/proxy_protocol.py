@@ -73,8 +73,8 @@ def version_2(
     `port`: the device's, where it is known. `authority`: the name that the device asks for;
     what is no hostname is not passed on. `alpn`: the protocol. `unique_id`: of the connection.
     `tls_version`, such as TLSv1.3, and `tls_cipher`, of OpenSSL's names: where TLS was ended
-    before the service. Raises MisuseError
-    for a `unique_id` of more than 128 bytes, and for more than 255 of the others.
+    before the service. Raises MisuseError for a `unique_id` of more than 128 bytes, and for
+    more than 255 of the others.
     """
     address = known_ip(device)
     if not address:

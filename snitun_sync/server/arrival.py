@@ -149,7 +149,7 @@ class Arrival(Handler):
             elif self._token is not None:
                 payload = self._token.receive(bytes(data))
                 if payload is not None:
-                    self._server.client_arrived(self, payload)
+                    self._server.client_arrived(self, payload, self._token.created)
                 else:
                     left_s = self._deadline - self._loop.now
                     if self._token.is_plausible:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+from functools import partial
 
+from ..errors import ConfigurationError
 from ..net.tuning import CHANNEL_IDLE_S, RELAY_BUDGET_BYTES
 from ..options import SOURCES, Parser, check_service
-from ..program import main, read_fernet_keys, read_secret, run_service
+from ..program import (
+    file_stamp,
+    main,
+    read_fernet_keys,
+    read_secret,
+    read_text,
+    run_service,
+)
 from .server import Server
 
 TYPE_CHECKING = False
@@ -17,6 +28,10 @@ if TYPE_CHECKING:
     from ..options import Options
 
 PROGRAM = "snitun-server"
+# How soon a changed file of Fernet keys counts: before a session master signs by it.
+LOOK_EACH_S = 1.0
+
+log = logging.getLogger("snitun_sync")
 
 DESCRIPTION = """\
 The relay: takes devices' TLS connections, finds their hostname in the ClientHello and
@@ -26,7 +41,8 @@ EPILOG = f"""\
 {PROGRAM} status asks the running one how it is; it has a --help, too.
 
 The file of --fernet-key-file has one key a line (`snitun-master new-key` makes one), the
-newest first; # starts a comment. Tokens made with any of them are accepted.
+newest first; # starts a comment. Tokens made with any of them are accepted. It is read again
+when it changes.
 
 {SOURCES}
 
@@ -58,6 +74,29 @@ def parser() -> Parser:
     )
     text = "where clients connect; --listen is for devices alone then; repeatable"
     options.add("--peer-listen HOST:PORT", text, (), action="append")
+    options.begin("session master")
+    options.add(
+        "--revocations URL",
+        "follow the session master's list of revoked tokens, such as https://HOST[:PORT]: it "
+        "cuts their clients' tunnels, and refuses them later on",
+        "",
+    )
+    text = (
+        "the certificates, in PEM, that the session master's goes back to (default: the system's)"
+    )
+    options.add("--revocations-ca FILE", text, "")
+    options.add(
+        "--state-dir DIR",
+        "keep the list there for the next start (default: systemd's $STATE_DIRECTORY, if any)",
+        os.environ.get("STATE_DIRECTORY", "").partition(":")[0],
+    )
+    options.add(
+        "--route NAME=HOST:PORT",
+        "pass devices on that ask for NAME to an address or unix:/PATH, without a client; with "
+        ",proxy-v2 behind it that is told the device's address; repeatable",
+        (),
+        action="append",
+    )
     options.add_service(budget_bytes=RELAY_BUDGET_BYTES, channel_idle_s=CHANNEL_IDLE_S)
     options.add_common()
     return options
@@ -75,9 +114,12 @@ def run(arguments: Sequence[str]) -> None:
 
 def _run_relay(arguments: Sequence[str]) -> None:
     with parser().read(arguments) as options:
+        current, stamp = options, file_stamp(options.fernet_key_file)
 
         def make() -> Server:
-            return Server(
+            if options.revocations_ca:  # read when it is needed; what is wrong is told at once
+                read_text(options.revocations_ca, "--revocations-ca", is_secret=False)
+            server = Server(
                 _keys(options),
                 options.listen,
                 options.peer_listen,
@@ -87,13 +129,32 @@ def _run_relay(arguments: Sequence[str]) -> None:
                 congestion_control=options.congestion_control,
                 admin=options.admin,
                 admin_token=read_secret(options.admin_token_file, "--admin-token-file"),
+                routes=options.route,
+                revocations=options.revocations,
+                revocations_ca=options.revocations_ca,
+                state_dir=options.state_dir,
             )
+            server.loop.call_later(LOOK_EACH_S, partial(look, server))
+            return server
 
         def reload(service: Service) -> Options:
+            nonlocal current
             assert isinstance(service, Server)
             with parser().read(arguments, options) as fresh:
                 service.reconfigure(_keys(fresh), channel_idle_s=fresh.channel_idle)
+                current = fresh
                 return fresh
+
+        def look(server: Server) -> None:
+            nonlocal stamp
+            server.loop.call_later(LOOK_EACH_S, partial(look, server))
+            former, stamp = stamp, file_stamp(current.fernet_key_file)
+            if stamp != former:
+                try:
+                    server.reconfigure(_keys(current))
+                    log.info("the Fernet keys were read again")
+                except ConfigurationError as error:
+                    log.error("%s; the former keys stay", error)
 
         if options.check:
             check_service(PROGRAM, options, make)

@@ -22,7 +22,7 @@ from ..errors import (
 from ..net.bridge import Bridge
 from ..net.sockets import host_text, pack_ip
 from ..net.tunnel import Tunnel
-from ..protocol.frame import EXPIRED, IPV4_MAPPED, TAKEN_OVER
+from ..protocol.frame import EXPIRED, IPV4_MAPPED, REVOKED, TAKEN_OVER
 from ..protocol.handshake import RelayHandshake
 
 TYPE_CHECKING = False
@@ -52,6 +52,7 @@ class Registration:
         "_grace",
         "_server",
         "_successor",
+        "created",
         "host",
         "names",
         "payload",
@@ -60,11 +61,16 @@ class Registration:
     )
 
     def __init__(
-        self, server: Server, arrival: Arrival, payload: Payload, cipher: UnitCipher
+        self,
+        server: Server,
+        arrival: Arrival,
+        payload: Payload,
+        created: int,
+        cipher: UnitCipher,
     ) -> None:
-        """Challenge the client; `arrival` gives its socket away."""
+        """Challenge the client, whose token is of `created`; `arrival` gives its socket away."""
         self._server = server
-        self.payload = payload
+        self.payload, self.created = payload, created
         self.names: set[str] = set()
         self.host, self.port = arrival.host, arrival.port
         self.tunnel = Tunnel(
@@ -109,6 +115,7 @@ class Registration:
         """The tunnel is over: no name leads to it any more."""
         server = self._server
         server.tunnels.discard(tunnel)
+        server.registrations.discard(self)
         server.clients_changed()
         self._forget_names()
         for timer in (self._expiry, self._grace):
@@ -175,6 +182,12 @@ class Registration:
     def _expire(self) -> None:
         self._forget_names()  # at once: a device gets an alert rather than a reset
         self.tunnel.finish(TokenError("its token has expired"), EXPIRED)
+
+    def revoke(self) -> None:
+        """Its token was revoked: end the tunnel, also one that is still being opened."""
+        self._forget_names()
+        device_id = self.payload.device_id
+        self.tunnel.finish(TokenError(f"its token was revoked, device {device_id}"), REVOKED)
 
     def _forget_names(self) -> None:
         for name in self.names:

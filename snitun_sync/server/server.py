@@ -12,7 +12,7 @@ import os
 import time
 from functools import partial
 
-from ..errors import ConfigurationError, ListenError, LostError, TokenError
+from ..errors import ConfigurationError, ListenError, LostError, TokenError, UsageError
 from ..net.bridge import Bridge
 from ..net.listening import Listener, listen
 from ..net.service import Service, budget, channel_idle
@@ -63,6 +63,10 @@ class Server(Service):
         congestion_control: str = "",
         admin: str = "",
         admin_token: str = "",
+        routes: Sequence[str] = (),
+        revocations: str = "",
+        revocations_ca: str = "",
+        state_dir: str = "",
     ) -> None:
         """`fernet_keys` are texts, the newest first. Raises ConfigurationError."""
         self._addresses = [
@@ -75,6 +79,19 @@ class Server(Service):
         ]
         check_fernet_keys(fernet_keys)
         self.channel_idle_s = channel_idle(channel_idle_s)
+        if revocations_ca and not revocations:
+            raise UsageError("--revocations-ca: only with --revocations")
+        # What isn't asked for takes no memory: see the imports.
+        parsed, url = None, None
+        if routes:
+            from .routes import Routes, parse_routes  # noqa: PLC0415
+
+            parsed = parse_routes(routes)
+        if revocations:
+            from ..net.https import parse_url  # noqa: PLC0415
+            from .revocations import Follower  # noqa: PLC0415
+
+            url = parse_url(revocations, "--revocations")
         super().__init__(
             budget_bytes=budget(budget_bytes),
             crypto=crypto,
@@ -84,8 +101,16 @@ class Server(Service):
         )
         self.fernet = Fernet(fernet_keys, self.aes)
         self.arrivals: set[Arrival] = set()
+        self.registrations: set[Registration] = set()
+        """Those whose tunnels are in `tunnels`."""
         self.routes: dict[str, Registration] = {}
         """Which client a hostname leads to."""
+        self.fixed_routes = None if parsed is None else Routes(self, parsed)
+        """Names that lead to an address whatever clients say, if there are any."""
+        self.follower = None
+        """Who knows what was revoked, if that was asked for."""
+        if url is not None:
+            self.follower = Follower(self, url, revocations_ca, state_dir, fernet_keys)
         self.takeovers = 0
         """How often a client has lost a name to another connection."""
         self.accepted = self.refused_clients = self.refused_devices = 0
@@ -119,21 +144,29 @@ class Server(Service):
             accepted = partial(Arrival, self, starts)
             for sock in sockets:
                 self._listeners.append(Listener(self.loop, sock, accepted, ACCEPTS_AT_ONCE))
+        if self.follower is not None:
+            self.follower.read_kept()
 
-    def reconfigure(self, fernet_keys: Sequence[str], *, channel_idle_s: float) -> None:
+    def reconfigure(
+        self, fernet_keys: Sequence[str], *, channel_idle_s: float | None = None
+    ) -> None:
         """Take tokens of these keys from now on; tunnels stay. From any thread.
 
         Raises ConfigurationError.
         """
         check_fernet_keys(fernet_keys)
         fernet = Fernet(fernet_keys, self.aes)
-        idle_s = channel_idle(channel_idle_s)
-        self._on_loop(self._reconfigure, fernet, idle_s)
+        idle_s = self.channel_idle_s if channel_idle_s is None else channel_idle(channel_idle_s)
+        self._on_loop(self._reconfigure, fernet, list(fernet_keys), idle_s)
 
-    def _reconfigure(self, fernet: Fernet, channel_idle_s: float) -> None:
+    def _reconfigure(
+        self, fernet: Fernet, fernet_keys: Sequence[str], channel_idle_s: float
+    ) -> None:
         self.fernet, self.channel_idle_s = fernet, channel_idle_s
         for tunnel in self.tunnels:
             tunnel.channel_idle_s = channel_idle_s
+        if self.follower is not None:
+            self.follower.keys_changed(fernet_keys)
 
     def _begin(self) -> None:
         super()._begin()
@@ -146,6 +179,8 @@ class Server(Service):
                 if takes
             )
             log.info("listening on %s for %s", host_text(address.host or "*", port), who)
+        if self.follower is not None:
+            self.follower.begin()
         self.tell()
 
     # --- how it is -------------------------------------------------------------------
@@ -162,7 +197,8 @@ class Server(Service):
             host_text(address.host or "*", port)
             for (address, _, _), port in zip(self._addresses, self.ports)
         )
-        return f"listening on {listens}; {len(self.tunnels)} clients"
+        news = self.follower.summary() if self.follower is not None else ""
+        return f"listening on {listens}; {len(self.tunnels)} clients{news}"
 
     def clients_changed(self) -> None:
         """A client has come or gone: the service manager hears of it, once for many."""
@@ -191,17 +227,21 @@ class Server(Service):
     def _begin_drain(self) -> bool:
         for listener in self._listeners:
             listener.finish()  # who waits in the queue came before the end
+        if self.follower is not None:
+            self.follower.close()  # its poll may come by a route of this very relay
         return True
 
     def _is_drained(self) -> bool:
-        return not self.bridges.all and not self.arrivals
+        is_passed = self.fixed_routes is None or not self.fixed_routes.all
+        return not self.bridges.all and not self.arrivals and is_passed
 
     def arrival_closed(self) -> None:
-        """It is clear what an arrival was, or it is gone."""
+        """It is clear what an arrival was, or it is gone; or what a route made of it is."""
         self._stop_if_done()
 
     def _begin_stop(self) -> None:
         self._close_listeners()
+        self._close_parts()
         for tunnel in tuple(self.tunnels):
             tunnel.finish(LostError("the relay is stopping"), STOPPING)
 
@@ -211,14 +251,22 @@ class Server(Service):
         for arrival in tuple(self.arrivals):
             arrival.close()
 
+    def _close_parts(self) -> None:
+        for part in (self.follower, self.fixed_routes):
+            if part is not None:
+                part.close()
+
     def _close(self) -> None:
         self._close_listeners()
+        self._close_parts()
         super()._close()
 
     # --- devices -------------------------------------------------------------------
 
     def device_arrived(self, arrival: Arrival, hostname: str) -> None:
         """A device wants to go to `hostname`; `arrival.received` is for whoever serves it."""
+        if self.fixed_routes is not None and self.fixed_routes.take(arrival, hostname):
+            return
         registration = self.routes.get(hostname)
         if registration is None:
             self.refused_devices += 1
@@ -235,12 +283,17 @@ class Server(Service):
 
     # --- clients -------------------------------------------------------------------
 
-    def client_arrived(self, arrival: Arrival, token: bytes) -> None:
-        """A client has shown a token that one of our keys signed. Raises TokenError."""
+    def client_arrived(self, arrival: Arrival, token: bytes, created: int) -> None:
+        """A client has shown a token that one of our keys signed, `created` then.
+
+        Raises TokenError.
+        """
         payload = Payload.from_json(token)
         expired_s = time.time() - payload.valid
         if expired_s >= 0:
             raise TokenError(f"the token for {payload.hostname} expired {expired_s:.0f} s ago")
+        if self.follower is not None:
+            self.follower.check(payload, created)
         if payload.cipher == "aes-gcm":
             # A second connection would start with the same nonces, and give the key away.
             key = hashlib.sha256(payload.aes_key).digest()
@@ -260,8 +313,9 @@ class Server(Service):
             )
         except ConfigurationError as error:
             raise TokenError(f"the token for {payload.hostname}: {error}") from None
-        registration = Registration(self, arrival, payload, cipher)
+        registration = Registration(self, arrival, payload, created, cipher)
         self.tunnels.add(registration.tunnel)
+        self.registrations.add(registration)
 
     def register(self, registration: Registration) -> None:
         """Lead all names of a tunnel that has just come up to it."""
@@ -272,6 +326,8 @@ class Server(Service):
             old = self.routes.get(name)
             self.routes[name] = registration
             registration.names.add(name)
+            if self.fixed_routes is not None and name in self.fixed_routes.by_name:
+                log.warning("%s: --route leads %s elsewhere", registration, name)
             if old is not None:
                 self.takeovers += 1
                 old.name_lost(name, registration)

@@ -34,6 +34,11 @@ def report(server: Server) -> dict[str, Any]:
                 "valid": utc_text(payload.valid),
             }
         )
+    parts: dict[str, Any] = {}
+    if server.follower is not None:
+        parts["revocations"] = server.follower.report()
+    if server.fixed_routes is not None:
+        parts["routes"] = server.fixed_routes.report()
     return {
         **figures(server, "snitun-server"),
         "tunnels": len(server.tunnels),
@@ -44,6 +49,7 @@ def report(server: Server) -> dict[str, Any]:
         "accepted": server.accepted,
         "refused_clients": server.refused_clients,
         "refused_devices": server.refused_devices,
+        **parts,
         "clients": clients,
     }
 
@@ -66,4 +72,6 @@ def metrics(server: Server) -> list[Family]:
         counter(
             f"{PREFIX}_refused_devices", "Devices that no client serves.", server.refused_devices
         ),
+        *(server.follower.metrics(PREFIX) if server.follower is not None else ()),
+        *(server.fixed_routes.metrics(PREFIX) if server.fixed_routes is not None else ()),
     ]

@@ -73,6 +73,7 @@ def test_version_2_byte_for_byte() -> None:
         "21 11 000c  cb007107 00000000 0000 01bb"
     )
     assert version_2(packed("::ffff:203.0.113.7")) == version_2(packed("203.0.113.7"))
+    assert version_2(packed("203.0.113.7"), port=0xABCD)[-4:] == bytes.fromhex("abcd 01bb")
     header = version_2(
         packed("2001:db8::1"),
         authority="a.example",
