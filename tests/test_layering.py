@@ -126,7 +126,7 @@ def test_input_is_never_checked_by_assert_in_the_protocol() -> None:
         ("snitun_sync.client.access", {"asyncio", "ssl", "ipaddress", "snitun_sync.options"}),
         ("snitun_sync.net.https", {"asyncio", "ssl", "http", "email", "json", "hashlib"}),
         ("snitun_sync.server.cli", {"asyncio", "ssl", "snitun_sync.client", "snitun_sync.master"}),
-        ("snitun_sync.master.cli", {"asyncio", "ssl", "socket", "snitun_sync.net"}),
+        ("snitun_sync.master.cli", {"asyncio", "ssl", "socket", "sqlite3", "snitun_sync.net"}),
     ],
 )
 def test_what_an_import_brings_into_memory(module: str, absent: set[str]) -> None:

@@ -335,7 +335,7 @@ class Store:
             connection = None
             try:
                 connection = sqlite3.connect(
-                    path, BUSY_S, isolation_level=None, check_same_thread=False
+                    path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
                 )
                 self._set_up(connection)
                 return connection

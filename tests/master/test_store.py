@@ -58,7 +58,7 @@ def store(path: str, clock: Clock) -> Iterator[Store]:
 
 def raw(path: str) -> closing[sqlite3.Connection]:
     """The file as SQLite sees it, for a `with` statement."""
-    return closing(sqlite3.connect(path, 30, isolation_level=None, check_same_thread=False))
+    return closing(sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False))
 
 
 def is_whole(path: str) -> bool:
@@ -411,7 +411,7 @@ def test_what_is_no_database(tmp_path: Path, path: str) -> None:
     assert refusal(tmp_path / "no" / "db") == "No such file or directory"
     assert refusal(path, must_exist=True) == "No such file or directory"
     assert not os.path.exists(path)
-    assert refusal("a\0b") == "embedded null byte"
+    assert "embedded null" in refusal("a\0b")
     text = tmp_path / "text"
     text.write_text("[master]\ndatabase = snitun.db\n" * 100)
     assert refusal(text) == "it is no database of SQLite"
