@@ -38,9 +38,9 @@ SERVICE = f"{COMMON} admin admin-token-file budget channel-idle congestion-contr
 ENDPOINT = """connect-timeout health-interval health-path proxy-protocol tls-alpn tls-cert
     tls-key"""
 CLIENT = f"""{ENDPOINT} acme-endpoint aes-iv-file aes-key-file allow allow-file block block-file
-    cipher endpoint exit-on-refusal keepalive max-channels max-new-channels once probe
-    probe-address protocol-version proxy proxy-password-file reconnect-spread server token
-    token-file"""
+    cipher device-id device-secret-file endpoint exit-on-refusal keepalive master master-ca
+    max-channels max-new-channels once probe probe-address protocol-version proxy
+    proxy-password-file reconnect-spread server state-dir token token-file"""
 MASTER = """admin-token-file alias cipher database fernet-key-file hostname insecure limit listen
     protocol-version proxy-protocol-from relay server single-use throttling tls-cert tls-key
     token-ttl valid-for"""

@@ -15,8 +15,10 @@ from functools import cache, partial
 from .errors import (
     AuthenticationError,
     ConfigurationError,
+    DeniedError,
     LinkError,
     ListenError,
+    MasterError,
     NotReadyError,
     RefusedError,
     SniTunError,
@@ -48,10 +50,10 @@ _EXIT_CODES = (
     (UnreadableError, EXIT_UNREADABLE),
     (UsageError, EXIT_USAGE),
     (ConfigurationError, EXIT_CONFIGURATION),
-    ((RefusedError, AuthenticationError), EXIT_REFUSED),
+    ((RefusedError, AuthenticationError, DeniedError), EXIT_REFUSED),
     (NotReadyError, EXIT_NOT_READY),
     (StoreError, EXIT_IO),
-    ((LinkError, ListenError), EXIT_UNAVAILABLE),
+    ((LinkError, ListenError, MasterError), EXIT_UNAVAILABLE),
 )
 
 MAX_SECRET_BYTES = 65536

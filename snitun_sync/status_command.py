@@ -133,7 +133,7 @@ def _client_rows(report: Report) -> Iterator[tuple[str, str]]:
     if not report["is_ready"]:
         yield "reason", report["reason"]
     by = f", by the proxy {report['proxy']}" if report["proxy"] else ""
-    yield "relay", report["relay"] + by
+    yield "relay", (report["relay"] or "not known yet") + by
     if tunnel is not None:
         round_trip = "–" if tunnel["round_trip_ms"] is None else f"{tunnel['round_trip_ms']:g}"
         yield (
@@ -146,7 +146,9 @@ def _client_rows(report: Report) -> Iterator[tuple[str, str]]:
         yield "next attempt", f"in {span(max(0, report['retry_in_s']))}"
     for endpoint in report["endpoints"]:
         yield "endpoint", _endpoint(endpoint)
-    expiry = ticket["expires_in_s"]
+    if report["master"] is not None:
+        yield "master", _master(report["master"])
+    expiry = ticket and ticket["expires_in_s"]
     if expiry is not None:
         when = f"expires in {span(expiry)}" if expiry > 0 else f"EXPIRED {span(-expiry)} ago"
         text = "{} ({valid}), version {protocol_version}, {cipher}"
@@ -166,6 +168,13 @@ def _client_rows(report: Report) -> Iterator[tuple[str, str]]:
         after = f"after {span(proven_s)}: " if proven_s is not None else ""
         times = f" ({count} times)" if count > 1 else ""
         yield "ended", f"{ending['time']} {after}{ending['reason']}{times}"
+
+
+def _master(master: Report) -> str:
+    text, asked_in_s = "{url}, device {device_id}".format_map(master), master["asked_in_s"]
+    if asked_in_s is not None:
+        text += f", asked again in {span(asked_in_s)}"
+    return f"{text}; {master['failure']}" if master["failure"] else text
 
 
 def _endpoint(endpoint: Report) -> str:

@@ -39,6 +39,8 @@ TOKEN_ENVIRONMENT = "SNITUN_TOKEN"
 # systemd.exec(5): where LoadCredential= puts what it loads, and what ours is called there.
 CREDENTIALS_ENVIRONMENT = "CREDENTIALS_DIRECTORY"
 CREDENTIAL = "snitun-ticket"
+SECRET_CREDENTIAL = "snitun-device-secret"
+STATE_ENVIRONMENT = "STATE_DIRECTORY"  # StateDirectory=: one, or several with `:` between them
 
 DESCRIPTION = """\
 Keeps a tunnel to a relay, and brings what devices send there to a local service.
@@ -60,6 +62,9 @@ with `{LINE_PREFIX}`. Every option takes either form. Give it by one of
 A bare Fernet token does as well, together with --server, --aes-key-file and
 --aes-iv-file (hex), and --protocol-version and --cipher where they aren't 0 and aes-cbc.
 
+Instead of a ticket, --master and --device-secret-file name a session master, which gives one
+ticket after the other, each in time; in --state-dir the latest is kept for the next start.
+
 SIGTERM and SIGINT stop it: open connections get the time of --grace, unless the signal comes
 once more. SIGHUP reads settings and ticket again: open connections stay, and a tunnel with
 another ticket takes over once it is proven. Only --admin, its token, --crypto and --log-format
@@ -69,12 +74,12 @@ exit codes (sysexits.h):
    0  stopped by SIGTERM or SIGINT, or --check found nothing wrong
   64  an option is wrong
   66  a file can't be read
-  69  the relay can't be reached or the tunnel was lost (only with --once),
-      or a ticket for a single connection is used up
+  69  relay or session master can't be reached, or the tunnel was lost (only with
+      --once), or a ticket for a single connection is used up
   70  a defect of this program, or of the relay's
   74  standard output can't be written (--check and the commands)
-  77  the relay refused the token or the key (only with --once, or three times in a
-      row with --exit-on-refusal)
+  77  relay or session master refused this client (only with --once, or with
+      --exit-on-refusal: three times in a row, or it was revoked)
   78  the ticket or a setting is wrong
 
 Without --once it tries again after every failure, for ever."""
@@ -145,7 +150,7 @@ def parser() -> Parser:
         RECONNECT_SPREAD_S,
     )
     options.add("--once", "make one attempt, and exit with its reason")
-    text = "exit with 77 when the relay has refused three times in a row"
+    text = "exit with 77 when this client was refused three times in a row, or is revoked"
     options.add("--exit-on-refusal", text)
     options.begin("the self-probe")
     options.add(
@@ -178,6 +183,15 @@ def _add_ticket(options: Parser) -> None:
     options.add("--token TICKET", "the ticket itself, or -", is_secret=True)
     options.add("--token-file FILE", "a file with the ticket, or -")
     options.add("--server HOST[:PORT]", "the relay, instead of the ticket's (port: 443)")
+    options.begin("with a session master, instead of a ticket")
+    options.add("--master URL", "https://HOST[:PORT][/PATH]: who gives the tickets", "")
+    text = "ID.SECRET, as `snitun-master device add` prints it, or the SECRET alone"
+    options.add("--device-secret-file FILE", text)
+    options.add("--device-id ID", "this client's id there, where the file has none", "")
+    text = "the certificates to trust (PEM; default: the system's)"
+    options.add("--master-ca FILE", text, "")
+    text = f"where the latest ticket is kept (default: ${STATE_ENVIRONMENT}, or nowhere)"
+    options.add("--state-dir DIR", text, "")
     options.begin("with a bare Fernet token")
     options.add("--aes-key-file FILE", "32 bytes in hex")
     options.add("--aes-iv-file FILE", "16 bytes in hex")
@@ -185,8 +199,14 @@ def _add_ticket(options: Parser) -> None:
     options.add("--cipher NAME", ", ".join(CIPHERS), choices=CIPHERS)
 
 
-def find_ticket(options: Options) -> Ticket:
-    """Return the ticket that the options give. Raises ConfigurationError."""
+def find_ticket(options: Options) -> Ticket | None:
+    """Return the ticket that the options give, None with --master. Raises ConfigurationError."""
+    if options.master:
+        for name in ("token", "token_file", "aes_key_file", "aes_iv_file"):
+            if getattr(options, name) is not None:
+                source = options.source(name)
+                raise UsageError(f"--master: {source} is there, too; expected one of them")
+        return None
     ranks = options.rank("token"), options.rank("token_file")
     if options.token is not None and ranks[0] == ranks[1]:
         raise UsageError("--token: --token-file is there, too; expected one of them, found both")
@@ -205,11 +225,11 @@ def find_ticket(options: Options) -> Ticket:
                 "better --token-file FILE, --token - or $%s",
                 TOKEN_ENVIRONMENT,
             )
-    elif path := _credential():
+    elif path := _credential(CREDENTIAL):
         text, source = read_text(path, "LoadCredential="), f"LoadCredential=: {path}"
     else:
         raise UsageError(
-            f"no ticket: expected --token-file FILE, --token - or ${TOKEN_ENVIRONMENT}"
+            f"no ticket: expected --token-file FILE, --token - or ${TOKEN_ENVIRONMENT}, or --master"
         )
     text = text.strip()
     if is_token(text):
@@ -231,9 +251,22 @@ def find_ticket(options: Options) -> Ticket:
         raise TicketError(f"{source}: {error}{hint}") from None
 
 
-def _credential() -> str:
-    """Return the path of the ticket that systemd has loaded, "" if there is none."""
-    path = os.path.join(os.environ.get(CREDENTIALS_ENVIRONMENT, ""), CREDENTIAL)
+def _of_master(options: Options) -> dict[str, str]:
+    """Return what Settings take for the session master."""
+    state_dir = options.state_dir or os.environ.get(STATE_ENVIRONMENT, "").partition(":")[0]
+    return {
+        "master": options.master,
+        "device_id": options.device_id,
+        "device_secret_file": options.device_secret_file
+        or (_credential(SECRET_CREDENTIAL) if options.master else ""),
+        "master_ca": options.master_ca,
+        "state_dir": state_dir,
+    }
+
+
+def _credential(name: str) -> str:
+    """Return the path of what systemd has loaded by that name, "" if there is none."""
+    path = os.path.join(os.environ.get(CREDENTIALS_ENVIRONMENT, ""), name)
     return path if os.path.isabs(path) and os.path.exists(path) else ""
 
 
@@ -280,9 +313,20 @@ def show_ticket(ticket: Ticket, crypto: str) -> dict[str, str | float | None]:
     }
 
 
+def _kept_ticket(options: Options) -> Ticket:
+    from .master import MasterSettings  # noqa: PLC0415
+
+    settings = MasterSettings(*_of_master(options).values())
+    ticket = settings.kept_ticket()
+    if ticket is None:
+        folder = settings.state_dir or "no --state-dir"
+        raise ConfigurationError(f"--state-dir: no ticket of this device is kept in {folder}")
+    return ticket
+
+
 def _run_show_ticket(arguments: Sequence[str]) -> None:
     with show_parser().read(arguments) as options:
-        fields = show_ticket(find_ticket(options), options.crypto)
+        fields = show_ticket(find_ticket(options) or _kept_ticket(options), options.crypto)
         if options.json:
             import json  # noqa: PLC0415
 
@@ -342,6 +386,7 @@ def _settings(options: Options) -> dict[str, Any]:
     is_default = options.rank("endpoint") == DEFAULT
     return {
         "ticket": find_ticket(options),
+        **_of_master(options),
         # With sections for endpoints, none is there by default.
         "endpoint": [] if options.sections and is_default else options.endpoint,
         "endpoints": [_endpoint(*section) for section in options.sections.items()],

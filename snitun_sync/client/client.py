@@ -17,6 +17,7 @@ from functools import partial
 
 from ..errors import (
     DeadLinkError,
+    DeniedError,
     EndpointError,
     LinkError,
     LostError,
@@ -40,7 +41,7 @@ from ..protocol.handshake import ClientHandshake
 from .endpoints import Endpoints
 from .history import History
 from .limits import Limits
-from .retry import FIRST_S, REFUSALS, Retry
+from .retry import FIRST_S, REFUSALS, Retry, fraction
 from .settings import ANY, ENDPOINT, THREADS, WAITING, EndpointSettings, Settings
 
 TYPE_CHECKING = False
@@ -54,8 +55,10 @@ if TYPE_CHECKING:
     from ..protocol.aes import Aes
     from ..protocol.cipher import UnitCipher
     from ..protocol.mux import Channel
+    from ..protocol.names import Address
     from ..protocol.ticket import Ticket
     from .handlers import Handlers
+    from .master import Master, MasterSettings
     from .probe import Probe
     from .wsgi import Application
 
@@ -78,7 +81,8 @@ class ClientState(Enum):
 
     CONNECTING = "connecting"
     WAITING = "waiting"  # for the next attempt
-    REFUSED = "refused"  # by the relay, again and again; it still tries
+    REFUSED = "refused"  # by relay or session master, again and again; it still tries
+    REVOKED = "revoked"  # by the session master, which is asked again now and then
     UP = "up"
     STOPPING = "stopping"
 
@@ -91,14 +95,18 @@ class Client(Service):
     """
 
     def __init__(
-        self, ticket: Ticket | str, endpoint: str | Sequence[str] = ENDPOINT, **options: Any
+        self,
+        ticket: Ticket | str | None = None,
+        endpoint: str | Sequence[str] = ENDPOINT,
+        **options: Any,
     ) -> None:
-        """Serve `endpoint` with a ticket; `options` are those of Settings.
+        """Serve `endpoint` with a ticket, or with those of the `master` that `options` name.
 
-        Raises ConfigurationError.
+        `options` are those of Settings. Raises ConfigurationError.
         """
         self.settings = settings = Settings(ticket, endpoint, **options)
-        _new_cipher(settings.ticket, load(settings.crypto))  # says now what the package lacks
+        if settings.ticket is not None:  # says now what the package lacks
+            _new_cipher(settings.ticket, load(settings.crypto))
         super().__init__(
             budget_bytes=settings.budget_bytes,
             crypto=settings.crypto,
@@ -109,7 +117,7 @@ class Client(Service):
         self._workers = Workers(self.loop)
         self.limits = Limits(self.loop, self.bridges, settings)
         self.endpoints = Endpoints(self, self._workers)
-        self.retry = Retry(_random, settings.reconnect_spread_s)
+        self.retry = Retry(fraction, settings.reconnect_spread_s)
         self._serving: Tunnel | None = None
         self._opening: Tunnel | None = None
         self._held: list[Bridge] = []  # channels of the one that is opening
@@ -123,6 +131,10 @@ class Client(Service):
         self._is_refusing = False  # new channels, as it stops
         self._network: NetworkWatch | None = None
         self.probe: Probe | None = None
+        self.master: Master | None = None
+        """Where tickets come from, if they come from a session master."""
+        if settings.master is not None:
+            self._begin_master(settings.master)
         self._up = threading.Event()
         self._is_closed = False
         self._state = ClientState.CONNECTING
@@ -146,7 +158,8 @@ class Client(Service):
         it is proven. `crypto`, `admin` and `admin_token` stay as they are. Raises
         ConfigurationError.
         """
-        _new_cipher(settings.ticket, self.aes)
+        if settings.ticket is not None:
+            self.check_cipher(settings.ticket)
         if settings.congestion_control:
             check_congestion_control(settings.congestion_control)
         self._on_loop(self._reconfigure, settings)
@@ -210,6 +223,16 @@ class Client(Service):
         self.endpoints.add(settings, handlers)
 
     @property
+    def ticket(self) -> Ticket | None:
+        """The ticket that counts now; None where a session master hasn't given one yet."""
+        return self.settings.ticket if self.master is None else self.master.ticket
+
+    @property
+    def server(self) -> Address | None:
+        """The relay that the next attempt goes to; None where it isn't known yet."""
+        return self.settings.server or (None if self.master is None else self.master.server)
+
+    @property
     def tunnel(self) -> Tunnel | None:
         """The tunnel that serves, or else the one that is opening; of the loop's thread."""
         return self._serving or self._opening
@@ -221,6 +244,8 @@ class Client(Service):
             return ClientState.STOPPING
         if self._serving is not None:
             return ClientState.UP
+        if self.master is not None and self.master.is_revoked:
+            return ClientState.REVOKED
         if self.retry.is_refused:
             return ClientState.REFUSED
         return ClientState.WAITING if self._retry_timer is not None else ClientState.CONNECTING
@@ -230,6 +255,11 @@ class Client(Service):
         return self._dial_timer is not None
 
     @property
+    def _needs_ticket(self) -> bool:
+        """Whether the session master has to be asked before another connection."""
+        return self.master is not None and not self.master.is_usable
+
+    @property
     def _is_followed(self) -> bool:
         """Whether the relay has let a successor in: it ends the tunnel that serves then."""
         return self._opening is not None and self._opening.state is TunnelState.PROVING
@@ -237,7 +267,8 @@ class Client(Service):
     @property
     def _is_spent(self) -> bool:
         """Whether the ticket's key is for a single connection, and had it."""
-        return self.settings.ticket.aes_key in self._spent_keys
+        ticket = self.settings.ticket
+        return ticket is not None and ticket.aes_key in self._spent_keys
 
     # --- connecting ------------------------------------------------------------------
 
@@ -247,7 +278,9 @@ class Client(Service):
             self._network = NetworkWatch(self.loop, self._network_changed)
         except OSError as error:
             log.debug("changes of addresses and routes won't be noticed: %s", reason(error))
-        valid = self.settings.ticket.valid
+        if self.master is not None:
+            self.master.begin()
+        valid = self.ticket.valid if self.ticket is not None else None
         if valid is not None and valid <= time.time():
             log.warning(
                 "by this machine's clock (%s UTC) the ticket expired at %s UTC; trying anyway",
@@ -255,26 +288,33 @@ class Client(Service):
                 utc(valid),
             )
         self._start_probe()
-        self._connect()
+        self.connect()
 
-    def _connect(self) -> None:
+    def connect(self) -> None:
         """Begin an attempt; drop the one that is under way, if there is one."""
         self._drop_attempt()
-        settings = self.settings
+        self._dialed_at = self.loop.now
         if self._is_spent:
-            self._failed(LinkError("no other tunnel can be opened"))
-            return
+            self.attempt_failed(LinkError("no other tunnel can be opened"))
+        elif self.master is not None and self._needs_ticket:
+            self.master.ask()
+        else:
+            self._dial()
+        self._note_change()
+
+    def _dial(self) -> None:
+        settings, server = self.settings, self.server
+        assert server is not None
         via = f" by the proxy {settings.proxy}" if settings.proxy is not None else ""
         level = logging.DEBUG if self.history.is_folding else logging.INFO
-        log.log(level, "connecting to the relay %s%s", settings.server, via)
+        log.log(level, "connecting to the relay %s%s", server, via)
         self.attempts += 1
-        self._dialed_at = self.loop.now
-        connect = partial(blocking_dial, settings.server, CONNECT_S, settings.proxy)
-        if self._workers.submit(connect, partial(self._connected, self._attempt)):
+        connect = partial(blocking_dial, server, CONNECT_S, settings.proxy)
+        if self._workers.submit(connect, partial(self._connected, self._attempt, server)):
             self._dial_timer = self.loop.call_later(DIAL_S, self._dial_overdue)
         else:
-            self._failed(UnreachableError("no thread can be started to connect to the relay"))
-        self._note_change()
+            text = "no thread can be started to connect to the relay"
+            self.attempt_failed(UnreachableError(text))
 
     def _drop_attempt(self) -> None:
         """Nothing is under way to another tunnel any more."""
@@ -290,28 +330,36 @@ class Client(Service):
 
     def _dial_overdue(self) -> None:
         self._drop_attempt()
-        said = f"can't reach the relay {self.settings.server}: no answer within {DIAL_S:.0f} s"
-        self._failed(UnreachableError(said))
+        said = f"can't reach the relay {self.server}: no answer within {DIAL_S:.0f} s"
+        self.attempt_failed(UnreachableError(said))
 
-    def _connected(self, attempt: int, sock: socket.socket | None, error: Exception | None) -> None:
+    def _connected(
+        self,
+        attempt: int,
+        server: Address,
+        sock: socket.socket | None,
+        error: Exception | None,
+    ) -> None:
         if attempt != self._attempt:
             if sock is not None:
                 sock.close()
             return
         self._drop_attempt()  # it is over
-        settings = self.settings  # the same for the tunnel, or this were another attempt
         if sock is None:
-            self._failed(
-                UnreachableError(f"can't reach the relay {settings.server}: {reason(error)}")
-            )
+            text = f"can't reach the relay {server}: {reason(error)}"
+            self.attempt_failed(UnreachableError(text))
             return
+        # The same for the tunnel, or this were another attempt.
+        settings, ticket = self.settings, self.ticket
+        assert ticket is not None
         try:
             set_congestion_control(sock, settings.congestion_control)
         except OSError:
             pass  # it could be had at the start
-        ticket = settings.ticket
         cipher = _new_cipher(ticket, self.aes)
-        if ticket.cipher == "aes-gcm":
+        if self.master is not None:
+            self.master.sent()
+        elif ticket.cipher == "aes-gcm":
             self._spent_keys.add(ticket.aes_key)
         self._opening = Tunnel(
             self.loop,
@@ -322,14 +370,14 @@ class Client(Service):
             ticket.protocol_version,
             self,
             is_relay=False,
-            peer=str(settings.server),
+            peer=str(server),
             throttling=ticket.throttling,
             keepalive_s=settings.keepalive_s,
             channel_idle_s=settings.channel_idle_s,
         )
         self.tunnels.add(self._opening)
 
-    def _failed(self, error: SniTunError, proven_s: float | None = None) -> None:
+    def attempt_failed(self, error: SniTunError, proven_s: float | None = None) -> None:
         """An attempt or a tunnel is over: try again, unless that makes no sense."""
         was_refused = self.retry.is_refused
         delay_s = self.retry.delay_s(error, proven_s)
@@ -337,16 +385,20 @@ class Client(Service):
         if self.retry.is_refused is not was_refused:
             self.history.say_next()
         reason_to_end = self._reason_to_end(error)
+        plan = ""
+        if self.master is not None:
+            plan = self.master.attempt_failed(error, proven_s, delay_s)
         if self._serving is None and reason_to_end is not None:
             self._end(reason_to_end)
         elif self._is_spent:
             log.warning("%s; the former tunnel stays", reason_to_end)
         else:
-            plan = f"next attempt in {delay_s:.1f} s"
-            if self.retry.is_refused:
-                plan = f"it refuses this client, so attempts are rarer from now on; {plan}"
-            self.history.say(str(error), plan, self.loop.now)
-            self._retry_in(delay_s)
+            if not plan:
+                plan = f"next attempt in {self._retry_in(delay_s):.1f} s"
+                if self.retry.is_refused:
+                    plan = f"it refuses this client, so attempts are rarer from now on; {plan}"
+            is_revoked = self.state is ClientState.REVOKED
+            self.history.say(str(error), plan, self.loop.now, is_rare=is_revoked)
         self._note_change()
 
     def _reason_to_end(self, error: SniTunError) -> SniTunError | None:
@@ -358,15 +410,23 @@ class Client(Service):
                 f"{error}; the ticket's cipher aes-gcm serves one connection only, and this "
                 "was it: get a new ticket, or one for aes-cbc or aes-gcm-siv"
             )
-        if self.retry.is_refused and self.settings.exit_on_refusal:
+        if not self.settings.exit_on_refusal:
+            return None
+        if isinstance(error, DeniedError) and self.master is not None and self.master.is_revoked:
+            return error  # that is no accident
+        if self.retry.is_refused:
             return RefusedError(f"refused {REFUSALS} times in a row: {error}")
         return None
 
-    def _retry_in(self, delay_s: float) -> None:
+    def _retry_in(self, delay_s: float) -> float:
+        """Try again in that time, or later where no attempt makes sense before; return when."""
         if self._retry_timer is not None:
             self._retry_timer.cancel()
+        if self.master is not None:
+            delay_s = max(delay_s, self.master.wait_s)
         self.retry_at = self.loop.now + delay_s
-        self._retry_timer = self.loop.call_later(delay_s, self._connect)
+        self._retry_timer = self.loop.call_later(delay_s, self.connect)
+        return delay_s
 
     def _network_changed(self) -> None:
         """An address or a route has changed: see whether the tunnels are still there."""
@@ -387,18 +447,19 @@ class Client(Service):
             self._drop_attempt()
         elif self.retry_at <= self.loop.now + FIRST_S:
             return
-        self._retry_in(FIRST_S * _random())
+        self._retry_in(FIRST_S * fraction())
         self._note_change()
 
     # --- what the tunnel tells its owner -----------------------------------------------
 
     def tunnel_up(self, tunnel: Tunnel) -> None:
         """The relay has proven that it knows the key."""
-        settings, ticket = self.settings, self.settings.ticket
+        ticket = self.ticket
+        assert ticket is not None
         log.info(
             "ready: %s at the relay %s leads to %s (version %d, %s, %.0f ms)",
             ticket.hostname or "the ticket's hostname",
-            settings.server,
+            tunnel.peer,
             self.endpoints,
             ticket.protocol_version,
             ticket.cipher,
@@ -409,6 +470,9 @@ class Client(Service):
             self._retire_later(former, self.loop.now + RETIRED_S)
         self.proven += 1
         self.history.say_next()
+        self.retry.accepted()
+        if self.master is not None:
+            self.master.proven()
         held, self._held = self._held, []
         for bridge in held:
             self.endpoints.connect(bridge)
@@ -443,7 +507,7 @@ class Client(Service):
             for bridge in tuple(self._held):
                 bridge.abort(error)  # its channel is over, and its connection would come no more
             if not self._is_stopping:
-                self._failed(error)
+                self.attempt_failed(error)
         elif tunnel.proven_at is not None:
             proven_s = self.loop.now - tunnel.proven_at
             if is_former:
@@ -457,7 +521,7 @@ class Client(Service):
         if self._is_stopping or self._is_draining:
             log.info("tunnel ended after %.0f s: %s", proven_s, error)
         elif not self._is_dialing and self._opening is None and self._retry_timer is None:
-            self._failed(error, proven_s)
+            self.attempt_failed(error, proven_s)
         else:  # another one is on its way already
             self.history.add(error, proven_s)
             log.warning("%s", error)
@@ -496,7 +560,7 @@ class Client(Service):
     # --- settings -------------------------------------------------------------------
 
     def _reconfigure(self, settings: Settings) -> None:
-        former, self.settings = self.settings, settings
+        former, ticket, self.settings = self.settings, self.ticket, settings
         self.bridges.limit_bytes = settings.budget_bytes
         self.limits.settings = settings
         self.endpoints.replace()
@@ -504,7 +568,13 @@ class Client(Service):
         for tunnel in tuple(self.tunnels):
             tunnel.set_limits(settings.keepalive_s, settings.channel_idle_s)
         self._start_probe()
-        if not settings.has_same_tunnel(former):
+        if settings.master != former.master:
+            if self.master is not None:
+                self.master.close()
+            self.master = None
+            if settings.master is not None:
+                self._begin_master(settings.master, ticket).begin()
+        if not settings.has_same_tunnel(former) or self._needs_ticket:
             self.renew()
         self._note_change()  # the endpoint is in its summary
 
@@ -512,7 +582,17 @@ class Client(Service):
         """Open another tunnel; it takes over once it is proven."""
         if not self._is_stopping and not self._is_draining:
             self.retry.reset()
-            self._connect()
+            self.connect()
+
+    def check_cipher(self, ticket: Ticket) -> None:
+        """Raise ConfigurationError where the crypto package lacks the ticket's cipher."""
+        _new_cipher(ticket, self.aes)
+
+    def _begin_master(self, settings: MasterSettings, former: Ticket | None = None) -> Master:
+        from .master import Master  # noqa: PLC0415  many have a ticket of their own
+
+        self.master = Master(self, self._workers, settings, former)
+        return self.master
 
     def _start_probe(self) -> None:
         if self.probe is not None and self.settings.probe_s:
@@ -534,7 +614,8 @@ class Client(Service):
             return "stopping"
         if tunnel is None:
             last = self.history.last or "connecting for the first time"
-            return ("refused" if state is ClientState.REFUSED else "no tunnel") + f": {last}"
+            is_turned_away = state in (ClientState.REFUSED, ClientState.REVOKED)
+            return (state.value if is_turned_away else "no tunnel") + f": {last}"
         silent_s = self.loop.now - tunnel.received_at
         if silent_s > self.settings.proven_s:
             return f"the relay has said nothing for {silent_s:.0f} s"
@@ -545,11 +626,11 @@ class Client(Service):
 
     def summary(self) -> str:
         """Return the state in one line, for people."""
-        state, settings = self.state, self.settings
+        state, ticket, tunnel = self.state, self.ticket, self._serving
         since = f"since {utc(self.state_since)} UTC"
-        name = settings.ticket.hostname or "the ticket's hostname"
-        if state is ClientState.UP:
-            what = f"up {since}: {name} at the relay {settings.server} leads to {self.endpoints}"
+        name = (ticket is not None and ticket.hostname) or "the ticket's hostname"
+        if tunnel is not None and state is ClientState.UP:
+            what = f"up {since}: {name} at the relay {tunnel.peer} leads to {self.endpoints}"
             failure = self.ready()
             return f"{what}; but {failure}" if failure else what
         text = f"{state.value} {since}"
@@ -579,12 +660,18 @@ class Client(Service):
     # --- the end -------------------------------------------------------------------
 
     def _begin_drain(self) -> bool:
-        self._drop_attempt()
+        self._give_up()
         if not self.tunnels:
             return False
         self.loop.call_later(SETTLE_S, self._refuse_channels)
         self._note_change()
         return True
+
+    def _give_up(self) -> None:
+        """Open no other tunnel any more."""
+        self._drop_attempt()
+        if self.master is not None:
+            self.master.close()
 
     def _refuse_channels(self) -> None:
         self._is_refusing = True
@@ -595,7 +682,7 @@ class Client(Service):
         return not self.tunnels or (self._is_refusing and not self.bridges.all)
 
     def _begin_stop(self) -> None:
-        self._drop_attempt()
+        self._give_up()
         for tunnel in tuple(self.tunnels):
             tunnel.finish(LostError("the client is stopping"))
 
@@ -621,7 +708,3 @@ def _new_cipher(ticket: Ticket, aes: Aes) -> UnitCipher:
         is_relay=False,
         random=os.urandom,
     )
-
-
-def _random() -> float:
-    return int.from_bytes(os.urandom(4), "big") / 2**32

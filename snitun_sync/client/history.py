@@ -7,19 +7,30 @@ import time
 from collections import deque
 from itertools import takewhile
 
-from ..errors import DeadLinkError, LostError, RefusedError, SniTunError, UnreachableError
+from ..errors import (
+    DeadLinkError,
+    LostError,
+    MasterError,
+    RefusedError,
+    RevokedError,
+    SniTunError,
+    UnreachableError,
+)
 
 log = logging.getLogger("snitun_sync")
 
 ENDINGS_KEPT = 10
 # The same failure again and again is said this often.
 SAY_AGAIN_S = 600.0
+SAY_RARELY_S = 86400.0
 # What a failure is called; the first that fits.
 KINDS: tuple[tuple[type[SniTunError], str], ...] = (
     (UnreachableError, "unreachable"),
     (RefusedError, "refused"),
     (DeadLinkError, "dead"),
+    (RevokedError, "revoked"),
     (LostError, "lost"),
+    (MasterError, "master"),
     (SniTunError, "other"),
 )
 
@@ -72,12 +83,12 @@ class History:
             self._say_again_at = 0.0
         self.endings.append(ending)
 
-    def say(self, text: str, plan: str, now: float) -> None:
+    def say(self, text: str, plan: str, now: float, *, is_rare: bool = False) -> None:
         """Log a failure, and what comes next; the same again only now and then, with its count."""
         if now < self._say_again_at:
             self._unsaid += 1
             return
-        self._say_again_at = now + SAY_AGAIN_S
+        self._say_again_at = now + (SAY_RARELY_S if is_rare else SAY_AGAIN_S)
         before = f" (and {self._unsaid} times before)" if self._unsaid else ""
         self._unsaid = 0
         log.warning("%s%s; %s", text, before, plan)

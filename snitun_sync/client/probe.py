@@ -104,7 +104,7 @@ class Probe:
         client, settings = self._client, self._client.settings
         if self._is_running or client._serving is None:
             return  # the one that runs, or the next tunnel, goes on
-        hostname = settings.ticket.hostname
+        hostname = self._hostname
         public = settings.probe_address or Address(hostname, PROBE_PORT)
         job = partial(_blocking_probe, hostname, public, self._expected(), settings.proxy)
         self._begun_at = client.loop.now
@@ -112,9 +112,14 @@ class Probe:
         if not self._is_running:
             self._schedule(AGAIN_S)
 
+    @property
+    def _hostname(self) -> str:
+        ticket = self._client.ticket
+        return "" if ticket is None else ticket.hostname
+
     def _expected(self) -> Expected:
         """Return the certificate that devices should see, or how to find out on a worker thread."""
-        route = self._client.endpoints.find(self._client.settings.ticket.hostname)
+        route = self._client.endpoints.find(self._hostname)
         if route is None:
             return None
         if route.certificate is not None:
@@ -162,6 +167,8 @@ def _blocking_probe(
 
     For a worker thread. Where it is the endpoint, no other tunnel helps.
     """
+    if not hostname:
+        return "the ticket names no hostname that could be opened", True
     if expected is None:
         return f"no endpoint for {hostname}", True
     if isinstance(expected, tuple):

@@ -9,7 +9,16 @@ is this client's alone: it retries at once.
 
 from __future__ import annotations
 
-from ..errors import DeadLinkError, RefusedError, SniTunError, TakenOverError
+import os
+
+from ..errors import (
+    DeadLinkError,
+    DeniedError,
+    RefusedError,
+    RevokedError,
+    SniTunError,
+    TakenOverError,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +34,11 @@ REFUSALS = 3
 LAST_REFUSED_S = 300.0
 
 
+def fraction() -> float:
+    """Return an unpredictable number from 0 to 1."""
+    return int.from_bytes(os.urandom(4), "big") / 2**32
+
+
 class Retry:
     """The delays of one client."""
 
@@ -37,7 +51,7 @@ class Retry:
 
     @property
     def is_refused(self) -> bool:
-        """Whether the relay has refused this client so often that it is no accident."""
+        """Whether it was refused so often that it is no accident, by relay or session master."""
         return self._refusals >= REFUSALS
 
     def delay_s(self, error: SniTunError, proven_s: float | None) -> float:
@@ -47,16 +61,23 @@ class Retry:
         """
         rest_s, self._rest_s = self._rest_s, 0.0
         if proven_s is None:
-            self._refusals = self._refusals + 1 if isinstance(error, RefusedError) else 0
+            is_refusal = isinstance(error, (RefusedError, DeniedError))
+            self._refusals = self._refusals + 1 if is_refusal else 0
             return self._draw(self._limit_s, rest_s)
         self._refusals = 0
         if proven_s >= GOOD_S and not isinstance(error, TakenOverError):
             self.reset()
         if isinstance(error, DeadLinkError):
             return FIRST_S * self._random()
+        if isinstance(error, RevokedError):  # this client's alone, too
+            return self._draw(self._limit_s)
         delay_s = self._draw(max(self._limit_s, self.spread_s))
         self._rest_s = max(0.0, self.spread_s - delay_s)
         return delay_s
+
+    def accepted(self) -> None:
+        """The relay has let this client in: refusals from now on are others."""
+        self._refusals = 0
 
     def reset(self) -> None:
         """What was before doesn't count any more."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..net.proxy import Proxy
     from ..tls import Certificate, TlsStream
     from .access import Access
+    from .master import MasterSettings
 
 ENDPOINT = "127.0.0.1:443"
 # The name of an endpoint that stands for all others.
@@ -153,7 +154,7 @@ class Settings:
 
     def __init__(
         self,
-        ticket: Ticket | str,
+        ticket: Ticket | str | None = None,
         endpoint: str | Sequence[str] = ENDPOINT,
         *,
         endpoints: Sequence[EndpointSettings] = (),
@@ -163,6 +164,11 @@ class Settings:
         block: Sequence[str] = (),
         block_file: str = "",
         server: str = "",
+        master: str = "",
+        device_id: str = "",
+        device_secret_file: str = "",
+        master_ca: str = "",
+        state_dir: str = "",
         proxy: str = "",
         proxy_password: str | None = None,
         once: bool = False,
@@ -183,14 +189,17 @@ class Settings:
     ) -> None:
         """Check and take the settings. Raises ConfigurationError, which names the option.
 
-        `ticket`: parsed or as text; `endpoint`: HOST:PORT, [IPV6]:PORT or unix:/PATH, or several
-        of them with the names that lead there, NAME=ADDRESS; `of_endpoint`: what else
-        EndpointSettings takes, for all of them; `endpoints`: more, each with its own
+        `ticket`: parsed or as text, None where a session master gives it;
+        `endpoint`: HOST:PORT, [IPV6]:PORT or unix:/PATH, or several of them with the names
+        that lead there, NAME=ADDRESS; `of_endpoint`: what else EndpointSettings takes, for all
+        of them; `endpoints`: more, each with its own
         settings; `acme_endpoint`: where connections go that ask for acme-tls/1; `allow`, `block`:
         networks (CIDR) from which devices may come, or not, and files of them; `server`: the
-        relay, instead of the ticket's; `proxy`: http://… or socks5://… (see
+        relay, instead of the ticket's; `master`, `device_id`, `device_secret_file`,
+        `master_ca`, `state_dir`: see MasterSettings; `proxy`: http://… or socks5://… (see
         proxy.py), `proxy_password` overrides the URL's; `once`: end with the first failure;
-        `exit_on_refusal`: end when the relay has refused three times in a row; `keepalive_s`:
+        `exit_on_refusal`: end when the relay has refused three times in a row, or the session
+        master has revoked this client; `keepalive_s`:
         PING after that many seconds of silence; `reconnect_spread_s`: a relay that went away is
         tried again within that; `probe_s`: how often to open the own hostname, 0 for never,
         at `probe_address` (HOST:PORT; default: the ticket's hostname, port 443);
@@ -201,6 +210,21 @@ class Settings:
         questions (see admin.py), `admin_token`: what may ask.
         """
         self.ticket = Ticket.parse(ticket) if isinstance(ticket, str) else ticket
+        self.master: MasterSettings | None = None
+        if master:
+            if ticket is not None:
+                raise UsageError("--master: a ticket is there, too; expected one of them")
+            from .master import MasterSettings  # noqa: PLC0415  many have a ticket
+
+            self.master = MasterSettings(
+                master, device_id, device_secret_file, master_ca, state_dir
+            )
+        elif ticket is None:
+            raise UsageError("no ticket, and no --master to ask for one")
+        elif device_id or device_secret_file or master_ca:
+            name = "device-id" if device_id else "master-ca"
+            name = "device-secret-file" if device_secret_file else name
+            raise UsageError(f"--{name}: only with --master")
         texts = [endpoint] if isinstance(endpoint, str) else endpoint
         for name in ("tls-cert", "proxy-protocol"):
             if not texts and of_endpoint.get(name.replace("-", "_")):
@@ -219,10 +243,13 @@ class Settings:
                 read_networks(allow, allow_file, "--allow"),
                 read_networks(block, block_file, "--block"),
             )
-        self.server = parse_address(
-            server or self.ticket.server, "--server", default_port=RELAY_PORT
-        )
+        place = server or (self.ticket.server if self.ticket is not None else "")
+        self.server: Address | None = None
+        """The relay; None where the session master says which."""
+        if place:
+            self.server = parse_address(place, "--server", default_port=RELAY_PORT)
         self.proxy: Proxy | None = None
+        self.proxy_url, self.proxy_password = proxy, proxy_password
         if proxy:
             from ..net.proxy import parse_proxy  # noqa: PLC0415  few need it
 
@@ -242,7 +269,7 @@ class Settings:
             self.probe_address = parse_address(
                 probe_address, "--probe-address", default_port=PROBE_PORT
             )
-        if probe_s and not self.ticket.hostname:
+        if probe_s and self.ticket is not None and not self.ticket.hostname:
             raise ConfigurationError("--probe: the ticket names no hostname that could be opened")
         self.budget_bytes = budget(budget_bytes)
         self.max_channels = int(bounded(max_channels, "--max-channels", 1, 10**6, "channels"))
@@ -293,7 +320,8 @@ class Settings:
         """Tell whether a tunnel that was opened with `other` is as these settings want it."""
         mine, its = self.ticket, other.ticket
         return (
-            all(getattr(mine, name) == getattr(its, name) for name in Ticket.__slots__)
+            all(getattr(mine, name, "") == getattr(its, name, "") for name in Ticket.__slots__)
+            and self.master == other.master
             and str(self.server) == str(other.server)
             and str(self.proxy) == str(other.proxy)
             and self.congestion_control == other.congestion_control

@@ -24,11 +24,13 @@ EARLIEST = 1793491200
 SLACK_S = 300.0
 
 
-def clock_doubt(ticket: Ticket, *, was_accepted: bool) -> str:
+def clock_doubt(ticket: Ticket | None, *, was_accepted: bool) -> str:
     """Return why this machine's clock may be wrong, or ""."""
     now = time.time()
     if now < EARLIEST:
         return f"it says {utc_text(now)}, before this program was written"
+    if ticket is None:
+        return ""
     created = ticket.created
     if created is not None and created > now + SLACK_S:
         return f"it says {utc_text(now)}, and the ticket was made at {utc_text(created)}"
@@ -39,16 +41,17 @@ def clock_doubt(ticket: Ticket, *, was_accepted: bool) -> str:
 
 def report(client: Client) -> dict[str, Any]:
     """Return what /status shows."""
-    settings, ticket, now = client.settings, client.settings.ticket, client.loop.now
+    settings, ticket, now = client.settings, client.ticket, client.loop.now
     tunnel = client._serving
     retry_in_s = round(client.retry_at - now, 1) if client.retry_at else None
     return {
         **figures(client, "snitun-client"),
         "state": client.state.value,
         "since": utc_text(client.state_since),
-        "hostname": ticket.hostname or None,
-        "relay": str(settings.server),
-        "proxy": str(settings.proxy) if settings.proxy is not None else None,
+        "hostname": (ticket.hostname or None) if ticket is not None else None,
+        "relay": tunnel.peer if tunnel is not None else _text(client.server),
+        "master": client.master.report() if client.master is not None else None,
+        "proxy": _text(settings.proxy),
         "endpoints": [_endpoint(route) for route in client.endpoints.routes],
         "tunnel": _tunnel(tunnel, now) if tunnel is not None else None,
         "attempts": client.attempts,
@@ -64,16 +67,24 @@ def report(client: Client) -> dict[str, Any]:
             for ending in client.history.endings
         ],
         "refused_channels": client.limits.refused,
-        "ticket": {
-            "created": utc_text(ticket.created),
-            "valid": utc_text(ticket.valid),
-            "expires_in_s": None if ticket.valid is None else round(ticket.valid - time.time()),
-            "protocol_version": ticket.protocol_version,
-            "cipher": ticket.cipher,
-            "throttling": ticket.throttling,
-        },
+        "ticket": _ticket(ticket) if ticket is not None else None,
         "clock_doubt": clock_doubt(ticket, was_accepted=tunnel is not None) or None,
         "probe": client.probe.report() if client.probe is not None else None,
+    }
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _ticket(ticket: Ticket) -> dict[str, Any]:
+    return {
+        "created": utc_text(ticket.created),
+        "valid": utc_text(ticket.valid),
+        "expires_in_s": None if ticket.valid is None else round(ticket.valid - time.time()),
+        "protocol_version": ticket.protocol_version,
+        "cipher": ticket.cipher,
+        "throttling": ticket.throttling,
     }
 
 
@@ -121,7 +132,7 @@ def _tunnel(tunnel: Tunnel, now: float) -> dict[str, Any]:
 
 def metrics(client: Client) -> list[Family]:
     """Return what /metrics shows."""
-    now, ticket = client.loop.now, client.settings.ticket
+    now, ticket, master = client.loop.now, client.ticket, client.master
     tunnel, probe = client._serving, client.probe
     is_doubtful = bool(clock_doubt(ticket, was_accepted=tunnel is not None))
     found = [
@@ -169,7 +180,13 @@ def metrics(client: Client) -> list[Family]:
         if tunnel.round_trip_s is not None:
             name, text = f"{PREFIX}_round_trip_seconds", "How long the relay's last pong took."
             found.append(gauge(name, text, tunnel.round_trip_s, "seconds"))
-    if ticket.valid is not None:
+    if master is not None:
+        name, text = f"{PREFIX}_master_success", "Whether it gave a ticket when it was asked last."
+        found.append(gauge(name, text, not master.failure))
+        if master.renew_at:
+            name, text = f"{PREFIX}_master_asked_in_seconds", "When it is asked again."
+            found.append(gauge(name, text, max(0.0, master.renew_at - now), "seconds"))
+    if ticket is not None and ticket.valid is not None:
         name = f"{PREFIX}_ticket_expiry_timestamp_seconds"
         text = "When the ticket expires, UTC Unix seconds."
         found.append(gauge(name, text, ticket.valid, "seconds"))

@@ -4,7 +4,8 @@
      "hostname": "home.example.com", "valid": 1790000000, "protocol_version": 2,
      "cipher": "aes-cbc", "throttling": null}
 
-The line is `st1.` and that object in URL-safe base64 without padding.
+It may have more: `servers`, the relays, best first; `device_id`, the session master's name for
+the client. The line is `st1.` and that object in URL-safe base64 without padding.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from .names import is_hostname, is_time, normal_hostname, parse_address, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
 LINE_PREFIX = "st1."
 TOKEN_PREFIX = "gA"  # every Fernet token of this millennium starts so
 MAX_TEXT = 65536
 RELAY_PORT = 443
+MAX_SERVERS = 32
 
 
 class Ticket:
@@ -28,17 +31,19 @@ class Ticket:
 
     `server` is HOST or HOST:PORT, `token` the relay's Fernet token, `aes_key` 32
     bytes, `aes_iv` 16, `valid` UTC Unix seconds or None where it isn't known,
-    `throttling` the most DATA frames a second or None for no limit. Raises
-    TicketError that names the field. Its repr shows no secret.
+    `throttling` the most DATA frames a second or None for no limit, `servers` all
+    relays, best first. Raises TicketError that names the field. Its repr shows no secret.
     """
 
     __slots__ = (
         "aes_iv",
         "aes_key",
         "cipher",
+        "device_id",
         "hostname",
         "protocol_version",
         "server",
+        "servers",
         "throttling",
         "token",
         "valid",
@@ -56,9 +61,14 @@ class Ticket:
         protocol_version: int = 0,
         cipher: str = "aes-cbc",
         throttling: int | None = None,
+        servers: Sequence[str] = (),
+        device_id: str = "",
     ) -> None:
+        self.servers = tuple(servers[:MAX_SERVERS]) or (server,)
         try:
             parse_address(server, "server", default_port=RELAY_PORT)
+            for other in self.servers:
+                parse_address(other, "servers", default_port=RELAY_PORT)
         except ConfigurationError as error:
             raise TicketError(f"the ticket's {error}") from None
         if not is_token(token):
@@ -81,6 +91,12 @@ class Ticket:
         self.hostname, self.valid = hostname, valid
         self.protocol_version, self.cipher = min(protocol_version, 2), cipher
         self.throttling = throttling or None
+        if device_id:
+            from .device import is_device_id  # noqa: PLC0415  few tickets have one
+
+            if not is_device_id(device_id):
+                raise TicketError("the ticket's device_id is no device's id")
+        self.device_id = device_id
 
     @property
     def created(self) -> int | None:
@@ -135,25 +151,30 @@ class Ticket:
             protocol_version=_integer(fields, "protocol_version") or 0,
             cipher=_text(fields, "cipher") if fields.get("cipher") is not None else "aes-cbc",
             throttling=_integer(fields, "throttling"),
+            servers=_texts(fields, "servers"),
+            device_id=_text(fields, "device_id") if fields.get("device_id") is not None else "",
         )
 
     def to_json(self) -> str:
         """Return the ticket as a JSON object on one line. It holds secrets."""
         import json  # noqa: PLC0415
 
-        return json.dumps(
-            {
-                "server": self.server,
-                "token": self.token,
-                "aes_key": self.aes_key.hex(),
-                "aes_iv": self.aes_iv.hex(),
-                "hostname": self.hostname,
-                "valid": self.valid,
-                "protocol_version": self.protocol_version,
-                "cipher": self.cipher,
-                "throttling": self.throttling,
-            }
-        )
+        fields: dict[str, Any] = {
+            "server": self.server,
+            "token": self.token,
+            "aes_key": self.aes_key.hex(),
+            "aes_iv": self.aes_iv.hex(),
+            "hostname": self.hostname,
+            "valid": self.valid,
+            "protocol_version": self.protocol_version,
+            "cipher": self.cipher,
+            "throttling": self.throttling,
+        }
+        if self.servers != (self.server,):
+            fields["servers"] = self.servers
+        if self.device_id:
+            fields["device_id"] = self.device_id
+        return json.dumps(fields)
 
     def to_line(self) -> str:
         """Return the ticket's one-line form. It holds secrets."""
@@ -189,6 +210,13 @@ def _text(fields: dict[str, Any], name: str) -> str:
     if not isinstance(value, str) or not value:
         raise TicketError(f"the ticket's {name} is {_kind(value)}, expected a string")
     return value
+
+
+def _texts(fields: dict[str, Any], name: str) -> list[str]:
+    values = fields.get(name) or []
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TicketError(f"the ticket's {name} is {_kind(values)}, expected a list of strings")
+    return values
 
 
 def _hex(fields: dict[str, Any], name: str) -> bytes:

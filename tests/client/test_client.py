@@ -609,7 +609,7 @@ def test_a_defect_in_the_client_s_own_code_ends_it(
         raise RuntimeError("no")
 
     with running(relay, endpoint.address) as client:
-        monkeypatch.setattr(client, "_failed", fail)
+        monkeypatch.setattr(client, "attempt_failed", fail)
         with relay.tunnel():
             client.wait_until_up(10)
         assert "a defect: RuntimeError('no')" in str(ended(client))
