@@ -42,10 +42,12 @@ class Failures:
         """
         place, now = _network(address), self._clock()
         with self._lock:
-            wait_s = self._count(place, ADDRESS_FAILURES, ADDRESS_PERIOD_S, now)
+            wait_s = 0.0
             if device_id:
                 key = f"{place} {device_id}"
-                wait_s = max(wait_s, self._count(key, DEVICE_FAILURES, DEVICE_PERIOD_S, now))
+                wait_s = self._count(key, DEVICE_FAILURES, DEVICE_PERIOD_S, now)
+            if not wait_s:  # one that has the wrong file leaves its neighbours theirs
+                wait_s = self._count(place, ADDRESS_FAILURES, ADDRESS_PERIOD_S, now)
             if wait_s:
                 self._left_out += 1
                 if now < self._say_at:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 
 import pytest
 from hypothesis import given
@@ -11,8 +12,8 @@ from proxyprotocol.result import ProxyResultIPv4, ProxyResultIPv6, ProxyResultLo
 from proxyprotocol.v1 import ProxyProtocolV1
 from proxyprotocol.v2 import ProxyProtocolV2
 
-from snitun_sync.errors import MisuseError
-from snitun_sync.protocol.proxy_protocol import version_1, version_2
+from snitun_sync.errors import MisuseError, ViolationError
+from snitun_sync.protocol.proxy_protocol import read_header, version_1, version_2
 
 SIGNATURE = bytes.fromhex("0d0a0d0a000d0a515549540a")
 
@@ -163,3 +164,107 @@ def test_limits() -> None:
 def test_what_a_device_makes_up_as_a_name_is_left_out(name: str) -> None:
     device = packed("203.0.113.7")
     assert version_2(device, authority=name) == version_2(device)
+
+
+# --- reading ----------------------------------------------------------------------------
+
+
+def read_in_pieces(header: bytes) -> tuple[int, bytes, int]:
+    """Read a header whole, byte by byte, and with bytes after it: always the same."""
+    for size in range(len(header)):
+        assert read_header(header[:size]) is None
+    result = read_header(header)
+    assert result is not None
+    assert read_header(header + b"\x16\x03") == read_header(bytearray(header)) == result
+    return result
+
+
+@given(DEVICES, st.integers(0, 65535))
+def test_what_is_written_is_read(device: bytes, port: int) -> None:
+    address = ip(device).packed
+    assert read_in_pieces(version_1(device)) == (len(version_1(device)), address, 0)
+    header = version_2(device, port=port, authority="a.example", alpn=b"h2", tls_version="TLSv1.3")
+    assert read_in_pieces(header) == (len(header), address, port)
+
+
+@given(
+    st.one_of(
+        st.tuples(st.ip_addresses(v=4), st.ip_addresses(v=4)),
+        st.tuples(st.ip_addresses(v=6), st.ip_addresses(v=6)),
+    ),
+    st.integers(0, 65535),
+    st.integers(1, 65535),
+)
+def test_what_another_implementation_writes_is_read(
+    ips: tuple[ipaddress.IPv4Address, ipaddress.IPv4Address], port: int, to_port: int
+) -> None:
+    source, target = (ips[0], port), (ips[1], to_port)
+    kind = ProxyResultIPv4 if ips[0].version == 4 else ProxyResultIPv6
+    mapped = getattr(ips[0], "ipv4_mapped", None)
+    address = (mapped or ips[0]).packed if (mapped or ips[0]) != type(mapped or ips[0])(0) else b""
+    for protocol in (ProxyProtocolV1(), ProxyProtocolV2()):
+        header = protocol.pack(kind(source, target, protocol=socket.SOCK_STREAM))
+        assert read_in_pieces(header) == (len(header), address, port)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"PROXY UNKNOWN\r\n",
+        b"PROXY UNKNOWN ffff:f:: ::1 65535 65535\r\n",
+        SIGNATURE + bytes.fromhex("20 00 0000"),
+        SIGNATURE + bytes.fromhex("20 11 000c 7f000001 7f000001 0001 0002"),
+        SIGNATURE + bytes.fromhex("21 00 0000"),
+        SIGNATURE + bytes.fromhex("21 12 000c 7f000001 7f000001 0001 0002"),  # UDP
+        SIGNATURE + bytes.fromhex("21 31 00d8") + bytes(216),  # a unix socket
+        SIGNATURE + bytes.fromhex("21 11 000c") + bytes(12),
+    ],
+)
+def test_headers_without_a_source(header: bytes) -> None:
+    assert read_in_pieces(header) == (len(header), b"", 0)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\r\n",
+        b"\x16\x03\x01",
+        b"\r\n\r\n\r\n",
+        b"PROXY\r\n",
+        b"proxy UNKNOWN\r\n",
+        b"PROXY UNKNOWNX\r\n",
+        b"PROXY TCP4 192.0.2.1 192.0.2.2 1\r\n",
+        b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2 \r\n",
+        b"PROXY TCP4  192.0.2.1 192.0.2.2 1 2\r\n",
+        b"PROXY TCP4 192.0.2.1 192.0.2.2 1 65536\r\n",
+        b"PROXY TCP4 192.0.2.1 192.0.2.2 01 2\r\n",
+        b"PROXY TCP4 192.0.2.256 192.0.2.2 1 2\r\n",
+        b"PROXY TCP4 ::1 ::2 1 2\r\n",
+        b"PROXY TCP6 192.0.2.1 192.0.2.2 1 2\r\n",
+        b"PROXY TCP6 ::1%1 ::2 1 2\r\n",
+        b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\n" + b"x" * 107,
+        b"PROXY UNKNOWN " + b"x" * 93,
+        SIGNATURE + bytes.fromhex("11 11 000c") + bytes(12),
+        SIGNATURE + bytes.fromhex("22 11 000c") + bytes(12),
+        SIGNATURE + bytes.fromhex("21 41 000c") + bytes(12),
+        SIGNATURE + bytes.fromhex("21 13 000c") + bytes(12),
+        SIGNATURE + bytes.fromhex("21 11 000b") + bytes(11),
+        SIGNATURE + bytes.fromhex("21 21 0023") + bytes(35),
+        SIGNATURE + bytes.fromhex("21 11 1001"),
+    ],
+)
+def test_what_is_no_header(data: bytes) -> None:
+    with pytest.raises(ViolationError, match="PROXY"):
+        read_header(data)
+
+
+@given(
+    st.sampled_from([b"", b"PROXY ", b"PROXY TCP4 ", SIGNATURE, SIGNATURE + b"!\x11"]), st.binary()
+)
+def test_any_bytes_are_a_header_or_none(start: bytes, rest: bytes) -> None:
+    """It is read, isn't whole, or raises a ViolationError; nothing else."""
+    try:
+        result = read_header(start + rest)
+    except ViolationError:
+        return
+    assert result is None or result[0] <= len(start + rest)
