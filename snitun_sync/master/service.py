@@ -178,7 +178,7 @@ class Master(Service):
             oldest = next((one for one in self.connections if one.can_give_way), None)
             if oldest is None:
                 return False
-            oldest.close()
+            oldest.end("others need its place")
         return True
 
     # --- files that change -----------------------------------------------------------
@@ -309,7 +309,8 @@ class Connection(Handler):
     def fail(self, error: Exception) -> None:
         self.close()
 
-    def _end(self, why: str) -> None:
+    def end(self, why: str) -> None:
+        """Close it, and say why in the log."""
         log.debug("%s: %s", self.source or self.peer, why)
         self.close()
 
@@ -317,7 +318,7 @@ class Connection(Handler):
         if self._environ is not None or (self._received and self.source):
             self._refuse(408, f"no whole request within {REQUEST_S:.0f} s")
         else:
-            self._end(f"no whole request within {REQUEST_S:.0f} s")
+            self.end(f"no whole request within {REQUEST_S:.0f} s")
 
     # --- what comes in ---------------------------------------------------------------
 
@@ -331,7 +332,7 @@ class Connection(Handler):
         except BlockingIOError:
             return
         except OSError as error:
-            self._end(reason(error))
+            self.end(reason(error))
             return
         if not data:
             self.close()
@@ -379,12 +380,12 @@ class Connection(Handler):
                 # Until that step is done nothing is read: nobody can make this grow.
                 self._master.loop.watch(self, 0)
                 if not self._master.handshakers.submit(stream.handshake, self._shaken):
-                    self._end("too many TLS handshakes wait")
+                    self.end("too many TLS handshakes wait")
                 return
             try:
                 self._decrypt(stream)
             except ChannelError as error:
-                self._end(str(error))
+                self.end(str(error))
                 return
         self._read()
 
@@ -398,7 +399,7 @@ class Connection(Handler):
         except OSError as failure:
             error = failure
         if error is not None:
-            self._end(str(error))
+            self.end(str(error))
             return
         self._master.loop.watch(self, READ)
         if is_done:
@@ -411,7 +412,7 @@ class Connection(Handler):
         while len(self._received) <= HEAD_BYTES + BODY_BYTES and (size := stream.decrypt(buffer)):
             self._received += buffer[:size]
         if stream.is_ended and not self._received:
-            self._end("it has ended TLS")
+            self.end("it has ended TLS")
 
     def _read(self) -> None:
         """See whether the request is whole; hand it to the application then."""
@@ -512,7 +513,7 @@ class Connection(Handler):
         self.can_give_way = False
         self._answer = answer
         limit_s = ANSWER_S * (1 + sum(map(len, answer)) // 2**20)
-        overdue = partial(self._end, f"it didn't take its answer within {limit_s:.0f} s")
+        overdue = partial(self.end, f"it didn't take its answer within {limit_s:.0f} s")
         self._timer = self._master.loop.call_later(limit_s, overdue)
         self._write()
 
@@ -526,7 +527,7 @@ class Connection(Handler):
             self._master.loop.watch(self, WRITE)
             return
         except (OSError, ChannelError) as error:
-            self._end(str(error))
+            self.end(str(error))
             return
         # Closed with something unread, the socket would send a reset, and that may overtake
         # the answer.
@@ -561,7 +562,7 @@ class Connection(Handler):
         try:
             self.sock.send(data if self._stream is None else self._stream.encrypt(data))
         except (OSError, ChannelError) as error:
-            self._end(str(error))
+            self.end(str(error))
 
 
 class _Gateway(SimpleHandler):
