@@ -133,7 +133,7 @@ def test_routes_as_text() -> None:
         ]
     )
     assert {name: (str(address), proxy) for name, (address, proxy) in found.items()} == {
-        "a.example": ("127.0.0.1:1", False),
+        "a.example": ("127.0.0.1:8443", False),
         "b.example": ("[::1]:1", True),
         "c.example": ("unix:/run/x", True),
     }
@@ -394,7 +394,12 @@ def test_resets(routed: Routed, endpoint: Endpoint, credentials: Credentials) ->
         reset(device.sock)
         wait_until(lambda: endpoint.open == 0)
     routed.wait_until_free()
-    with Target(lambda sock: (sock.recv(1), reset(sock))) as target:
+
+    def reset_it(sock: socket.socket) -> None:
+        sock.recv(1)
+        reset(sock)
+
+    with Target(reset_it) as target:
         with Routed(credentials, target.address) as cut, cut.device("x") as device:
             try:
                 assert device.sock.recv(1) == b""
@@ -475,7 +480,7 @@ def test_figures_and_two_ways_to_stop(credentials: Credentials, endpoint: Endpoi
                 metrics = answer.read().decode()
             assert f'snitun_server_route_opened_total{{route="{NAME}"}} 1' in metrics
             assert f'{{route="{NAME}",direction="sent"}} 4' in metrics
-            list(text_string_to_metric_families(metrics))
+            assert list(text_string_to_metric_families(metrics))  # type: ignore[no-untyped-call]
             program.process.terminate()
             wait_until(lambda port=port: is_refused(port))  # type: ignore[misc]
             device.exchange()
