@@ -270,12 +270,13 @@ class Follower:
     def metrics(self, prefix: str) -> list[Family]:
         """Return what /metrics shows."""
         prefix = f"{prefix}_revocations"
-        entries = len(self.list.revocations.entries) if self.list is not None else 0
+        found = self.list.revocations if self.list is not None else Revocations(0, 0, {})
         is_known, checked = not self.failure and self.list is not None, self.checked or 0
         return [
             gauge(f"{prefix}_current", "Whether the latest list is known.", is_known),
             gauge(f"{prefix}_checked_seconds", "When it was, UTC.", checked, "seconds"),
-            gauge(f"{prefix}_devices", "Devices with revoked tokens.", entries),
+            gauge(f"{prefix}_serial", "Of the list that counts.", found.serial),
+            gauge(f"{prefix}_devices", "Devices with revoked tokens.", len(found.entries)),
             counter(f"{prefix}_refused_lists", "Older, or not signed.", self.refused_lists),
             counter(f"{prefix}_refused_tokens", "Clients turned away.", self.refused_tokens),
             counter(f"{prefix}_cut_tunnels", "Clients that were cut.", self.cut_tunnels),

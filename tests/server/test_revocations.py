@@ -18,8 +18,10 @@ from typing import Any, Callable
 
 import pytest
 import trustme
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from snitun_sync.errors import UsageError
+from snitun_sync.net.openmetrics import render
 from snitun_sync.protocol import frame
 from snitun_sync.protocol.aes import load
 from snitun_sync.protocol.device import new_id
@@ -27,6 +29,7 @@ from snitun_sync.protocol.revocations import Revocations
 from snitun_sync.protocol.token import Fernet, new_fernet_key
 from snitun_sync.server import Server
 from snitun_sync.server import revocations as revocations_module
+from snitun_sync.status_command import table
 from tests.services import Raw, raw_client
 from tests.support import (
     HOSTNAME,
@@ -541,6 +544,22 @@ def test_many_entries_hold_nobody_up(master: Master, known: Known) -> None:
         assert raw.receive_flow(frame.PING)[0] == b"still there....."
         master.revoke(known.device_id)
         raw.wait_for_end()
+
+
+def test_figures_and_rows(master: Master) -> None:
+    with following(master) as server:
+        text = render(server.metrics())
+        assert list(text_string_to_metric_families(text))  # type: ignore[no-untyped-call]
+        assert "snitun_server_revocations_serial 1\n" in text
+        assert "snitun_server_revocations_current 1\n" in text
+        rows = [row for row in table(server.report()) if row.startswith("revocations")]
+        assert rows == [f"revocations   serial 1, 0 devices; refused 0, cut 0, {master.url}"]
+        master.change(answer=lambda: (503, {}, b""))
+        wait_until(lambda: figures(server)["failure"])
+        assert "snitun_server_revocations_current 0\n" in render(server.metrics())
+        row = next(row for row in table(server.report()) if row.startswith("revocations"))
+        assert "; AWAY since 2" in row
+        assert "status 503" in row
 
 
 # --- options ----------------------------------------------------------------------------------
