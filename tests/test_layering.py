@@ -123,6 +123,8 @@ def test_input_is_never_checked_by_assert_in_the_protocol() -> None:
             "snitun_sync.client.cli",
             {"asyncio", "ssl", "hashlib", "json", "cffi", "Crypto", "configparser", "difflib"},
         ),
+        ("snitun_sync.client.master", {"asyncio", "ssl", "http", "email", "hashlib", "json"}),
+        ("snitun_sync.net.fetch", {"asyncio", "ssl", "http", "json", "subprocess", "logging"}),
         ("snitun_sync.client.access", {"asyncio", "ssl", "ipaddress", "snitun_sync.options"}),
         ("snitun_sync.net.https", {"asyncio", "ssl", "http", "email", "json", "hashlib"}),
         ("snitun_sync.server.cli", {"asyncio", "ssl", "snitun_sync.client", "snitun_sync.master"}),

@@ -34,7 +34,7 @@ from ..protocol.cipher import IV_SIZE, KEY_SIZE
 from ..protocol.device import parse_credential
 from ..protocol.names import parse_address
 from ..protocol.ticket import RELAY_PORT, Ticket
-from .retry import Retry, fraction
+from .retry import FIRST_S, Retry, fraction
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ log = logging.getLogger("snitun_sync")
 
 # Renewed at a random moment between these shares of its life: not all clients come together.
 RENEW_FROM, RENEW_TO = 0.60, 0.67
-LEAST_RENEWAL_S = 10.0  # however short a life is
+# However short or long a life is: poll(2) counts milliseconds in 31 bits, 24 days.
+LEAST_RENEWAL_S, MOST_RENEWAL_S = 10.0, 14 * 86400.0
 REVOKED_S = 900.0  # a revoked device asks again so often
 LONGEST_RETRY_AFTER_S = 3600
 MAX_SAID = 200  # characters of what the master says
@@ -169,6 +170,11 @@ class Master:
         return self._can_serve and self._client.loop.now < self._ends_at
 
     @property
+    def proven_left_s(self) -> float:
+        """How long the latest ticket that was proven is valid."""
+        return self._proven[1] - self._client.loop.now if self._proven else 0.0
+
+    @property
     def wait_s(self) -> float:
         """How long no attempt makes sense."""
         return 0.0 if self.is_usable else max(0.0, self._not_before - self._client.loop.now)
@@ -248,15 +254,18 @@ class Master:
         if not isinstance(error, (RefusedError, AuthenticationError, RevokedError)):
             return ""
         self._can_serve = False
-        if self._client._serving is None or self._proven is None:
+        if self._proven is None or self._proven[0].cipher == "aes-gcm":
             return ""
-        ticket = self._proven[0]
-        if ticket is self.ticket or ticket.cipher == "aes-gcm":
+        if self._proven[0] is self.ticket or isinstance(error, RevokedError):
+            self._proven = None
             return ""
-        # The new one isn't accepted (yet), the former one may be, when its tunnel is lost.
+        # The new one isn't accepted (yet), the former one may be, when its tunnel is lost, or was.
         self.ticket, self._ends_at, self._server_at = self._proven
         self._can_serve = True
+        delay_s += FIRST_S
         self._schedule(delay_s)
+        if self._client._serving is None:
+            return ""
         return f"the former ticket stays; another one in {delay_s:.1f} s"
 
     def close(self) -> None:
@@ -333,7 +342,7 @@ class Master:
     def _take(self, ticket: Ticket, left_s: float, renew_in_s: float) -> None:
         self.ticket, self._server_at = ticket, 0
         self._can_serve, self._ends_at = True, self._client.loop.now + left_s
-        self._schedule(max(LEAST_RENEWAL_S, renew_in_s))
+        self._schedule(min(max(LEAST_RENEWAL_S, renew_in_s), MOST_RENEWAL_S))
 
     def _ticket_of(
         self, fields: dict[str, Any], answer: dict[str, Any], device_id: str, secret: str

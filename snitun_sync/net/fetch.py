@@ -81,8 +81,9 @@ class Fetch:
             try:
                 answer = json.loads(printed)
             except ValueError:
-                said = f"{sys.executable}, which was to ask, gave no answer"
-                raise ConnectionError(said) from None
+                answer = {}
+            if "status" not in answer and "error" not in answer:
+                raise ConnectionError(f"{sys.executable}, which was to ask, gave no answer")
         if "error" in answer:
             raise ConnectionError(answer["error"])
         return answer
@@ -92,7 +93,10 @@ class Fetch:
         with self._lock:
             self._is_cancelled = True
             if self._pid:
-                os.kill(self._pid, signal.SIGKILL)
+                try:
+                    os.kill(self._pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass  # see _blocking_reap
 
     def _blocking_child(self, request: bytes) -> bytes:
         """Return what the child prints."""
@@ -154,7 +158,7 @@ def _blocking_read(fd: int) -> bytes:
     poller.register(fd, select.POLLIN)
     while len(data) <= PRINTED_BYTES:
         if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise ConnectionError(f"no answer within {LONGEST_S:.0f} s")
+            raise ConnectionError(f"no answer within {LONGEST_S:g} s")
         piece = os.read(fd, 65536)
         if not piece:
             return bytes(data)

@@ -104,10 +104,11 @@ class Ticket:
         import base64  # noqa: PLC0415
 
         try:
-            created = int.from_bytes(base64.urlsafe_b64decode(self.token[:12])[1:9], "big")
+            start = base64.urlsafe_b64decode(self.token[:12])
         except ValueError:
             return None
-        return created if is_time(created) else None
+        created = int.from_bytes(start[1:], "big")
+        return created if len(start) == 9 and is_time(created) else None
 
     def __repr__(self) -> str:
         return (
