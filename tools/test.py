@@ -28,7 +28,10 @@ from tools.environment import PROJECT
 # With published releases and other people's programs, and under load.
 REST = (
     *("-n", "4", "--dist", "worksteal", "tests/interop"),
-    *(f"tests/test_{name}.py" for name in ("real_users", "load", "acme", "endpoints", "bench")),
+    *(
+        f"tests/test_{name}.py"
+        for name in ("real_users", "load", "acme", "endpoints", "bench", "openapi")
+    ),
 )
 # Whole programs for a while, in networks of their own and under systemd; once is enough.
 WHOLE = (
