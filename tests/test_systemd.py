@@ -16,6 +16,7 @@ import trustme
 
 from snitun_sync.program import EXIT_UNAVAILABLE
 from tests import systemd_host
+from tests.stub_master import StubMaster
 from tests.support import (
     HOSTNAME,
     MIB,
@@ -318,6 +319,31 @@ def test_a_tunnel_within_the_sandbox(site: Site) -> None:
         host.systemctl("stop", unit)
         assert (host.show(unit, "Result"), host.show(unit, "ExecMainStatus")) == ("success", "0")
         assert not host.run("find", "/run", "-name", unit[:-8], "-print").stdout
+
+
+def test_tickets_come_from_a_session_master_within_the_sandbox(site: Site) -> None:
+    """Its child process may do what it must; what is kept serves while the master is away."""
+    host = site.host
+    key = site.credentials.fernet_key
+    master = host.inside(lambda: StubMaster(site.folder, key, "127.0.0.1:443"))
+    try:
+        host.write_file("/etc/snitun/secret", master.secret_file.read_text(), 0o600)
+        host.write_file("/etc/snitun/master-ca.pem", master.ca_file.read_text())
+        site.install(CLIENT, (UNITS / "master.conf").read_text())
+        site.configure(f"master = {master.url}", "master-ca = /etc/snitun/master-ca.pem")
+        site.start()
+        site.exchange()
+        kept = "/var/lib/private/snitun-client/ticket.json"
+        wait_until(lambda: host.run("ls", kept, check=False).returncode == 0)
+        assert host.run("stat", "--format", "%a", kept).stdout == "600\n"
+        master.reply = lambda _: (503, {}, b"")
+        host.systemctl("restart", CLIENT)
+        site.exchange()
+        assert len(master.requests) == 1
+        assert f"master        {master.url}" in site.tell("client").stdout
+        assert master.secret not in host.journal(CLIENT)
+    finally:
+        master.close()
 
 
 def test_what_is_missing_or_wrong_may_be_mended_later(site: Site) -> None:
