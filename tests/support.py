@@ -310,6 +310,7 @@ class Credentials:
         valid_s: float = 3600,
         fernet_key: str = "",
         throttling: int | None = None,
+        device_id: str = "",
     ) -> None:
         self.fernet_key = fernet_key or new_fernet_key(os.urandom)
         self.payload = Payload(
@@ -320,6 +321,7 @@ class Credentials:
             aes_iv=os.urandom(16),
             protocol_version=version,
             cipher=cipher,
+            device_id=device_id,
         )
         self.token = Fernet([self.fernet_key], load()).seal(
             self.payload.to_json(), time.time(), os.urandom

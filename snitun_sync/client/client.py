@@ -70,9 +70,9 @@ DIAL_S = 60.0
 HELD_CHANNELS = 256
 # After SIGTERM: how long channels are let in that were on their way.
 SETTLE_S = 0.3
-# A retired tunnel: how often to see whether its channels are over, and for how long at most. The
-# relay gives them 10 s.
-RETIRED_CHECK_S = 1.0
+# A retired tunnel: how soon it ends once it has no channels, and when it ends with them. The
+# relay gives them 10 s, after a renewal as long as the former token is valid.
+RETIRED_IDLE_S = 1.0
 RETIRED_S = 15.0
 
 
@@ -120,6 +120,7 @@ class Client(Service):
         self.retry = Retry(fraction, settings.reconnect_spread_s)
         self._serving: Tunnel | None = None
         self._opening: Tunnel | None = None
+        self._retired: dict[Tunnel, Timer] = {}  # until when its channels may go on
         self._held: list[Bridge] = []  # channels of the one that is opening
         self._attempt = 0  # the number of the latest; what comes of an earlier one is dropped
         self._dial_timer: Timer | None = None  # while a worker connects
@@ -467,7 +468,10 @@ class Client(Service):
         )
         former, self._serving, self._opening = self._serving, tunnel, None
         if former is not None:
-            self._retire_later(former, self.loop.now + RETIRED_S)
+            limit_s = max(RETIRED_S, self.master.proven_left_s if self.master else 0.0)
+            end = partial(self._end_retired, former)
+            self._retired[former] = self.loop.call_later(limit_s, end)
+            self._end_idle(former)
         self.proven += 1
         self.history.say_next()
         self.retry.accepted()
@@ -481,21 +485,20 @@ class Client(Service):
         self._up.set()
         self._note_change()
 
-    def _retire_later(self, tunnel: Tunnel, deadline: float) -> None:
-        """Let the channels of a tunnel end whose place was taken; the relay may end it first."""
-        self.loop.call_later(RETIRED_CHECK_S, partial(self._retire, tunnel, deadline))
+    def _end_idle(self, tunnel: Tunnel) -> None:
+        """End a retired tunnel soon, if no channel is left or comes; the relay may do it first."""
+        if not tunnel.mux.channels:
+            self.loop.call_later(RETIRED_IDLE_S, partial(self._end_retired, tunnel, only_idle=True))
 
-    def _retire(self, tunnel: Tunnel, deadline: float) -> None:
-        if tunnel.state is not TunnelState.UP:
-            return
-        if tunnel.mux.channels and self.loop.now < deadline:
-            self._retire_later(tunnel, deadline)
-        else:
+    def _end_retired(self, tunnel: Tunnel, *, only_idle: bool = False) -> None:
+        if tunnel.state is TunnelState.UP and not (only_idle and tunnel.mux.channels):
             tunnel.finish(LostError("another tunnel has taken its place"))
 
     def tunnel_ended(self, tunnel: Tunnel, error: SniTunError) -> None:
         """Say why, and try again."""
         self.tunnels.discard(tunnel)
+        if tunnel in self._retired:
+            self._retired.pop(tunnel).cancel()
         is_former = tunnel is not self._serving
         if not is_former:
             self._serving = None
@@ -555,6 +558,8 @@ class Client(Service):
         if bridge in self._held:
             self._held.remove(bridge)
         self.endpoints.cancel(bridge)
+        if bridge.tunnel in self._retired:
+            self._end_idle(bridge.tunnel)
         super().channel_closed(bridge)
 
     # --- settings -------------------------------------------------------------------

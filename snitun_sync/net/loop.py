@@ -61,6 +61,8 @@ READ = 1
 WRITE = 4
 
 BUFFER_BYTES = 256 * 1024
+# poll(2) counts milliseconds in 31 bits: 24 days. For a later timer it is called again.
+LONGEST_POLL_S = 86400.0
 # A read with less room than this would be wasteful: flush first.
 MIN_ROOM_BYTES = 64 * 1024
 RANDOM_POOL_BYTES = 4096
@@ -293,7 +295,7 @@ class Loop(Handler):
         if self._calls:
             timeout = 0.0
         elif self._timers:
-            timeout = max(0.0, self._timers[0][0] - clock())
+            timeout = min(max(0.0, self._timers[0][0] - clock()), LONGEST_POLL_S)
         handlers = self._handlers
         ready = [
             (handlers[fd], events) for fd, events in self._poller.poll(timeout, EVENTS_AT_ONCE)

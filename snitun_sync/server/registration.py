@@ -1,8 +1,9 @@
 """One client at the relay: its tunnel, the names that lead to it, takeover and expiry.
 
 A tunnel to which no name is left has been taken over: its channels live on for a
-grace time, then it ends. A tunnel that ends removes only the routes that still lead
-to it.
+grace time, then it ends. Where the same device has renewed its token, they have all
+the time that the former token has. A tunnel that ends removes only the routes that
+still lead to it.
 """
 
 from __future__ import annotations
@@ -154,8 +155,13 @@ class Registration:
         if self.names or self._successor is not None:
             return
         self._successor = successor
-        log.warning("%s: another connection, from %s, took over", self, successor.tunnel.peer)
+        is_renewed = "" != self.payload.device_id == successor.payload.device_id
+        level = logging.INFO if is_renewed else logging.WARNING
+        text = "%s: another connection, from %s, took over"
+        log.log(level, text, self, successor.tunnel.peer)
         if self.tunnel.mux.channels:
+            if is_renewed:
+                return  # nobody who is connected notices; the token's end is this one's, too
             self._grace = self._server.loop.call_later(TAKEOVER_GRACE_S, self._finish_taken_over)
         else:
             self._finish_taken_over()

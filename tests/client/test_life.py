@@ -175,7 +175,7 @@ def test_another_ticket_takes_over_once_it_is_proven(tmp_path: Path) -> None:
 def test_a_former_tunnel_at_another_relay_ends_too(
     tmp_path: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "RETIRED_CHECK_S", 0.05)
+    monkeypatch.setattr(client_module, "RETIRED_IDLE_S", 0.05)
     one, other = tmp_path / "one", tmp_path / "other"
     one.mkdir()
     other.mkdir()
@@ -416,6 +416,7 @@ def test_at_a_limit_the_new_channel_is_closed_counted_and_said_once(
             assert raw.receive_flow(frame.CLOSE)[0] == bytes([number]) * 16
         assert client.limits.refused == {"channels": 10}
         raw.send(frame.CLOSE, bytes(16))
+        wait_until(lambda: len(client.bridges.all) < 2)
         raw.new(b"c" * 16)
         raw.send(frame.DATA, b"c" * 16, data=ECHO)
         assert raw.receive_flow(frame.DATA)[2] == b"hello"

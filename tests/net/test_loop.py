@@ -61,6 +61,13 @@ def test_timers_run_in_order_and_not_once_cancelled(loop: Loop) -> None:
     assert loop.timer_count == 0
 
 
+def test_a_timer_may_be_years_away(loop: Loop) -> None:
+    loop.call_later(1e10, loop.stop)
+    threading.Timer(0.05, loop.call_soon_threadsafe, [loop.stop]).start()
+    loop.run()
+    assert loop.timer_count == 1
+
+
 def test_cancelled_timers_don_t_pile_up(loop: Loop) -> None:
     kept = [loop.call_later(1000, lambda: None) for _ in range(10)]
     for _ in range(10_000):

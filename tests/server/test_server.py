@@ -400,6 +400,34 @@ def test_channels_of_the_old_tunnel_live_on_for_a_grace_time(
             assert old.sock.recv(1) == b""  # the grace time is over
 
 
+def test_a_renewed_token_lets_channels_live_on_until_the_former_one_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registration_module, "TAKEOVER_GRACE_S", 0.0)
+    renewed, other = tmp_path / "renewed", tmp_path / "other"
+    for folder in (renewed, other):
+        folder.mkdir()
+    with Services(tmp_path, device_id="a" * 16, valid_s=5) as services:
+        key = services.credentials.fernet_key
+        with services.device("ECHO") as old, services.device("ECHO") as short:
+            for device in (old, short):
+                device.exchange()
+            following = Credentials(renewed, fernet_key=key, device_id="a" * 16)
+            with raw_client(following, services.port):
+                wait_until(lambda: services.server.takeovers == 1)
+                for _ in range(3):
+                    old.exchange()
+                short.sock.close()
+                old.exchange()
+                assert old.sock.recv(1) == b""  # the former token has expired
+        with raw_client(following, services.port), services.device("ECHO"):
+            wait_until(lambda: services.server.routes)
+            stranger = Credentials(other, fernet_key=key, device_id="b" * 16)
+            with raw_client(stranger, services.port):
+                # One that is another device gets no such time.
+                wait_until(lambda: len(services.server.tunnels) == 1)
+
+
 def test_the_old_tunnel_ends_with_its_last_channel(tmp_path: Path) -> None:
     with Services(tmp_path) as services, services.device("ECHO") as old:
         old.exchange()
