@@ -246,6 +246,13 @@ def test_server_errors(tmp_path: Path, credentials: Credentials) -> None:
                 69,
                 "can't listen on relay",
             ),
+            (["--fernet-key-file", keys, "--route", "a.example"], 64, "--route: 'a.example'; exp"),
+            (["--fernet-key-file", keys, "--revocations", "a.example"], 64, "--revocations: no s"),
+            (
+                ["--fernet-key-file", keys, "--revocations-ca", missing],
+                66,
+                f"--revocations-ca: can't read {missing}",
+            ),
             (["--fernet-key-file", keys, "--listen", "a..b:1"], 64, "--listen: no host name in"),
             (
                 ["--fernet-key-file", keys, "--congestion-control", "x"],

@@ -128,12 +128,22 @@ class Routes:
 class Route:
     """One name, and what has happened there so far."""
 
-    __slots__ = ("endpoint", "has_proxy", "name", "opened", "received_bytes", "sent_bytes")
+    __slots__ = (
+        "endpoint",
+        "failure",
+        "has_proxy",
+        "name",
+        "opened",
+        "received_bytes",
+        "sent_bytes",
+    )
 
     def __init__(self, name: str, endpoint: Endpoint, has_proxy: bool) -> None:
         self.name, self.endpoint, self.has_proxy = name, endpoint, has_proxy
         self.opened = self.received_bytes = self.sent_bytes = 0
         """Connections of devices; bytes from them, and to them."""
+        self.failure = ""
+        """Why the address can't be reached, as the log has it already; "" while it can."""
 
 
 class Side(Handler):
@@ -273,7 +283,7 @@ class Passage:
     def connected(self, sock: socket.socket) -> None:
         """Own the connected socket from now on."""
         device, target = self.sides
-        target.sock = sock
+        target.sock, self.route.failure = sock, ""
         device.carry()
         self.update()
 
@@ -342,9 +352,11 @@ class Passage:
         for side in self.sides:
             routes.server.loop.close_socket(side)
             side.other = side  # no cycle is left for the collector
-        is_news = isinstance(self.error, (ChannelError, EndpointError))
+        level = logging.DEBUG
+        if isinstance(self.error, EndpointError) and str(self.error) != route.failure:
+            level, route.failure = logging.WARNING, str(self.error)
         log.log(
-            logging.WARNING if is_news else logging.DEBUG,
+            level,
             "%s ended after %.1f s, %d bytes in, %d out: %s",
             self,
             routes.server.loop.now - self._opened_at,

@@ -38,9 +38,11 @@ from tests.support import (
     Credentials,
     Device,
     Endpoint,
+    Program,
     client,
     client_hello,
     free_port,
+    module,
     relay,
     wait_until,
 )
@@ -576,6 +578,14 @@ def test_figures_and_rows(master: Master) -> None:
 def test_options(known: Known, options: dict[str, str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         Server([known.fernet_key], **options)  # type: ignore[arg-type]
+
+
+def test_the_state_folder_of_systemd(known: Known) -> None:
+    command = module("snitun_sync.server", "--check", "--fernet-key-file", known.key_file)
+    for name, shown in (("STATE_DIRECTORY", "default"), ("SNITUN_STATE_DIR", "$SNITUN_STATE_DIR")):
+        with Program(*command, env={name: "/var/lib/a"}) as program:
+            assert program.wait() == 0
+            assert f"state-dir = /var/lib/a   ({shown})" in program.output
 
 
 def test_who_asks_for_none_of_it_loads_none_of_it(known: Known) -> None:

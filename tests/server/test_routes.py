@@ -408,7 +408,7 @@ def test_resets(routed: Routed, endpoint: Endpoint, credentials: Credentials) ->
             cut.wait_until_free()
 
 
-def test_a_target_that_is_down(credentials: Credentials) -> None:
+def test_a_target_that_is_down(credentials: Credentials, caplog: pytest.LogCaptureFixture) -> None:
     with refusing_port() as port, Routed(credentials, f"127.0.0.1:{port}") as routed:
         for _ in range(2):
             with routed.device("x" * 10_000) as device:
@@ -417,6 +417,7 @@ def test_a_target_that_is_down(credentials: Credentials) -> None:
         report = routed.report()
         assert (report["opened"], report["failed"], report["open"]) == (2, 2, 0)
         assert "Connection refused" in report["failure"]
+        assert caplog.text.count("Connection refused") == 1
 
 
 def test_a_name_that_leads_nowhere(credentials: Credentials) -> None:
