@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import socket
 import ssl
@@ -15,6 +16,7 @@ import pytest
 import trustme
 
 from snitun_sync.program import EXIT_UNAVAILABLE
+from snitun_sync.protocol.token import new_fernet_key
 from tests import systemd_host
 from tests.stub_master import StubMaster
 from tests.support import (
@@ -36,6 +38,7 @@ from tests.systemd_host import SystemdHost, missing
 UNITS = PROJECT / "tools" / "systemd"
 SETTINGS = UNITS / "snitun.ini"
 CLIENT, SERVER = "snitun-client.service", "snitun-server.service"
+MASTER = "snitun-master.service"
 MAX_EXPOSURE = 1.5
 # man capabilities(7): 1 << CAP_NET_BIND_SERVICE
 BIND_SERVICE = 1 << 10
@@ -151,7 +154,7 @@ def site(host: SystemdHost, tmp_path: Path) -> Iterator[Site]:
 # --- the units, as files --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("unit", [CLIENT, SERVER])
+@pytest.mark.parametrize("unit", [CLIENT, SERVER, MASTER])
 def test_systemd_finds_nothing_wrong(unit: str) -> None:
     done = subprocess.run(
         ["systemd-analyze", "verify", UNITS / unit], capture_output=True, text=True, check=False
@@ -159,7 +162,7 @@ def test_systemd_finds_nothing_wrong(unit: str) -> None:
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("unit", [CLIENT, SERVER])
+@pytest.mark.parametrize("unit", [CLIENT, SERVER, MASTER])
 def test_the_sandbox_is_tight(unit: str) -> None:
     command = ["systemd-analyze", "--no-pager", "security", "--offline=true", str(UNITS / unit)]
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -563,3 +566,80 @@ def test_the_machine_has_booted_while_the_client_still_waits(site: Site) -> None
     assert {CLIENT, SERVER} <= set(wanted)
     assert SERVER in awaited
     assert CLIENT not in awaited
+
+
+# --- the session master ----------------------------------------------------------------
+
+
+def test_the_session_master_reads_keys_and_certificate_again(host: SystemdHost) -> None:
+    """As docs/systemd.md says, with the settings as they are shipped."""
+    authority, name = trustme.CA(), "master.example.com"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    authority.configure_trust(context)
+
+    def write(path: str, text: str) -> None:
+        host.write_file(f"/etc/snitun/{path}", text, 0o640)
+        host.run("chgrp", "snitun-master", f"/etc/snitun/{path}")
+
+    def renew() -> bytes:
+        issued = authority.issue_cert(name)
+        leaf = issued.cert_chain_pems[0].bytes().decode()
+        write(f"tls/{name}.crt", leaf)
+        write(f"tls/{name}.key", issued.private_key_pem.bytes().decode())
+        return ssl.PEM_cert_to_DER_cert(leaf)
+
+    def ask(path: str, credential: str = "") -> tuple[bytes | None, bytes]:
+        """Return the certificate that was shown, and the answer."""
+        head = f"{'POST' if credential else 'GET'} {path} HTTP/1.1\r\nHost: {name}\r\n"
+        body = f'{{"aes_key": "{"ab" * 32}", "aes_iv": "{"cd" * 16}"}}' if credential else ""
+        if credential:
+            head += f"Authorization: Bearer {credential}\r\nContent-Length: {len(body)}\r\n"
+        sock = host.inside(lambda: socket.create_connection(("127.0.0.1", 8443), WAIT_S))
+        with context.wrap_socket(sock, server_hostname=name) as secured:
+            secured.sendall(f"{head}\r\n{body}".encode())
+            answer = b"".join(iter(lambda: secured.recv(65536), b""))
+            return secured.getpeercert(binary_form=True), answer
+
+    def command(*arguments: str) -> str:
+        done = host.run(
+            *("python3", "-m", "snitun_sync.master", *arguments),
+            *("--config", "/etc/snitun/snitun.ini"),
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    host.run("useradd", "--system", "snitun-master")
+    host.write_unit(MASTER, (UNITS / MASTER).read_text())
+    host.write_file("/etc/snitun/snitun.ini", SETTINGS.read_text())
+    host.systemctl("start", "--no-block", MASTER)
+    host.wait_for(MASTER, "tls-cert: can't read")
+    write("fernet.key", new_fernet_key(os.urandom))
+    first = renew()
+    wait_until(lambda: host.show(MASTER, "ActiveState") == "active")
+    assert host.show(MASTER, "StatusText") == "listening on https://127.0.0.1:8443"
+    assert ask("/healthz")[0] == first
+
+    # Commands of root use the database meanwhile, and leave it to the service.
+    credential = command("device", "add", "home.example.com")
+    assert ask("/v1/token", credential)[1].startswith(b"HTTP/1.1 200 ")
+    command("device", "revoke", "home.example.com")
+    assert ask("/v1/token", credential)[1].startswith(b"HTTP/1.1 403 ")
+    status = confinement(host, MASTER)
+    assert [int(status[field], 16) for field in ("CapEff", "CapBnd")] == [0, 0]
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+
+    second = renew()
+    host.systemctl("reload", MASTER)
+    host.wait_for(MASTER, "the settings were read again")
+    assert ask("/healthz")[0] == second
+    third = renew()  # without a reload
+    wait_until(lambda: ask("/healthz")[0] == third)
+    pid = host.show(MASTER, "MainPID")
+    host.systemctl("restart", MASTER)
+    assert host.show(MASTER, "MainPID") != pid
+    assert ask("/v1/token", credential)[1].startswith(b"HTTP/1.1 403 ")
+    host.systemctl("stop", MASTER)
+    assert (host.show(MASTER, "Result"), host.show(MASTER, "ExecMainStatus")) == ("success", "0")
+    journal = host.journal(MASTER)
+    for wrong in ("Operation not permitted", "defect", "Traceback", credential):
+        assert wrong not in journal, journal
