@@ -390,7 +390,8 @@ def test_who_waits_hears_of_changes_at_once(caller: Caller) -> None:
     # One more is answered at once.
     assert caller.call(f"{LIST}?wait=60", HTTP_IF_NONE_MATCH=etag)[0] == 304
     assert answers == []
-    Store(str(caller.database)).revoke(caller.bob.id)  # as another process
+    with Store(str(caller.database)) as other:  # as another process
+        other.revoke(caller.bob.id)
     for thread in threads:
         thread.join(30)
     assert [answer[0] for answer in answers] == [200] * app_module.WAITING
