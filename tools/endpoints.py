@@ -356,22 +356,24 @@ PARTS: dict[str, Callable[[Path, bool], str]] = {
 }
 
 
-def main() -> int:
-    """Run what the arguments ask for; return the exit code."""
+def run_parts(
+    description: str, explanation: str, parts: dict[str, Callable[[Path, bool], str]]
+) -> int:
+    """Run what the arguments ask for, each part in a folder of its own; return the exit code."""
     command_line = argparse.ArgumentParser(
-        description="Every kind of endpoint with real programs, and tables of what came of it.",
-        epilog=EXPLANATION,
+        description=description,
+        epilog=explanation,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command_line.add_argument("--quick", action="store_true", help="less of everything")
-    command_line.add_argument("--only", choices=PARTS, help="a part of it")
+    command_line.add_argument("--only", choices=parts, help="a part of it")
     options = command_line.parse_args()
     environment.enter("requirements.txt", "tests/requirements.txt", "tests/requirements-all.txt")
     for name in [name for name in os.environ if name.startswith("SNITUN_")]:
         del os.environ[name]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     exit_code = 0
-    for name, part in PARTS.items():
+    for name, part in parts.items():
         if options.only in (None, name):
             say(f"{name} …")
             with tempfile.TemporaryDirectory(prefix="snitun-") as folder:
@@ -381,6 +383,12 @@ def main() -> int:
                     print(f"{name}: FAILED: {error}\n", flush=True)
                     exit_code = 1
     return exit_code
+
+
+def main() -> int:
+    """Run what the arguments ask for; return the exit code."""
+    description = "Every kind of endpoint with real programs, and tables of what came of it."
+    return run_parts(description, EXPLANATION, PARTS)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ REST = (
     *("-n", "4", "--dist", "worksteal", "tests/interop"),
     *(
         f"tests/test_{name}.py"
-        for name in ("real_users", "load", "acme", "endpoints", "bench", "openapi")
+        for name in ("real_users", "load", "acme", "endpoints", "bench", "openapi", "master")
     ),
 )
 # Whole programs for a while, in networks of their own and under systemd; once is enough.

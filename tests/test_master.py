@@ -1,0 +1,177 @@
+"""The session master and all around it: README's commands, docs/master.md's examples, and the quick
+form of what tools/master.py measures."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trustme
+from playwright.sync_api import Error, sync_playwright
+
+from tests import network
+from tests.appliance import find
+from tests.masters import Masters, write_secret
+from tests.network import Network, Resolver
+from tests.support import PROJECT, Program, examples
+from tools.master import PARTS
+
+# Nobody wants to see a page with an endless list of commands at the start.
+MOST_COMMANDS = 8
+SERVICE = """
+import http.server, ssl, sys
+place = ("127.0.0.1", 443)
+with http.server.ThreadingHTTPServer(place, http.server.SimpleHTTPRequestHandler) as server:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain("home.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    print("listening", flush=True)
+    server.serve_forever()
+"""
+PAGE = "<title>At home</title>"
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_what_the_tool_measures(name: str, tmp_path: Path) -> None:
+    if name == "full-disk" and os.geteuid():
+        pytest.skip("only root can mount a small disk")
+    # Each part checks by itself what came of it.
+    assert PARTS[name](tmp_path, True).count("\n") >= 2
+
+
+# --- README ----------------------------------------------------------------------------------
+
+
+def commands(page: str, first: str) -> list[str]:
+    """Return the lines of an example that begins so, each a command."""
+    (text,) = (text for text in examples(page) if text.startswith(first))
+    return text.replace("\\\n", " ").splitlines()
+
+
+@pytest.fixture
+def hosts() -> Iterator[Network]:
+    network.require_network()
+    with Network() as running, Resolver(running) as resolver:
+        for name in ("home", "master", "relay"):
+            resolver.names[f"{name}.example.com"] = [running.relay_ip]
+        for host in ("client", "device", "relay"):
+            running.set_nameserver(host, resolver.address)
+        yield running
+
+
+def test_readme_s_commands_as_they_stand_and_a_browser(hosts: Network, tmp_path: Path) -> None:
+    """Two machines and a third one with a browser; names by DNS, ports as they are."""
+    at_relay = commands("README.md", "umask 077")
+    at_home = commands("README.md", "scp ")
+    count = sum(len(line.split("; ")) for line in (*at_relay, *at_home))
+    assert "pip install ." in (PROJECT / "README.md").read_text("utf-8")
+    assert count + 1 <= MOST_COMMANDS
+    relay, home = folders(tmp_path)
+    env = {
+        # What `pip install .` brings, and a scp that needs no ssh.
+        "PATH": f"{programs(tmp_path / 'bin', relay)}:{os.environ['PATH']}",
+        # Whom this machine trusts.
+        "SSL_CERT_FILE": str(tmp_path / "authority.pem"),
+    }
+
+    def shell(host: str, folder: Path, *lines: str) -> Program:
+        text = "\n".join((f"cd {folder}", *lines))
+        return hosts.run(host, "bash", "-c", text, env=env)
+
+    service = hosts.run("client", "sh", "-c", f"cd {home}; exec {sys.executable} -c '{SERVICE}'")
+    service.wait_for("listening")
+    shell("relay", relay, *at_relay, "echo all done; wait").wait_for("all done")
+    assert (relay / "home.secret").stat().st_mode & 0o077 == 0
+    client = shell("client", home, *at_home)
+    client.wait_for("ready: ")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=chromium_on(hosts, tmp_path),
+            args=["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"],
+            env=dict(os.environ),
+        )
+        page = browser.new_context(ignore_https_errors=True).new_page()
+        page.goto("https://home.example.com/")
+        assert page.title() == "At home"
+        done = shell("relay", relay, "snitun-master device revoke home.example.com --database *.db")
+        assert done.wait() == 0, done.output
+        client.wait_for("was revoked")
+        with pytest.raises(Error, match="ERR_SSL"):
+            browser.new_context(ignore_https_errors=True).new_page().goto(page.url)
+        browser.close()
+
+
+def folders(folder: Path) -> tuple[Path, Path]:
+    """Return the relay's folder and the appliance's, with the certificates that each has."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(folder / "authority.pem"))
+    for name in ("master", "home"):
+        (folder / name).mkdir()
+        issued = authority.issue_cert(f"{name}.example.com").private_key_and_cert_chain_pem
+        write_secret(folder / name / f"{name}.pem", issued.bytes().decode())
+    (folder / "home" / "index.html").write_text(PAGE)
+    return folder / "master", folder / "home"
+
+
+def programs(folder: Path, copied_from: Path) -> Path:
+    """Return a folder with commands for the PATH."""
+    texts = {
+        f"snitun-{part}": f'exec {sys.executable} -m snitun_sync.{name} "$@"'
+        for part, name in (("client", "client"), ("server", "server"), ("master", "master"))
+    }
+    texts["scp"] = f'exec cp -p "{copied_from}/${{1#relay.example.com:}}" "$2"'
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def chromium_on(hosts: Network, folder: Path) -> Path:
+    """Return a program that runs Chromium on the host of devices."""
+    script = folder / "chromium"
+    inside = f"ip netns exec {hosts.names['device']}"
+    script.write_text(f'#!/bin/sh\nexec {inside} {find("chromium")} "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+# --- docs/master.md --------------------------------------------------------------------------
+
+
+def test_the_examples_with_curl(tmp_path: Path) -> None:
+    """They print what the page shows, but for what differs each time."""
+    (text,) = (text for text in examples("docs/master.md") if text.startswith("curl "))
+    parts = text.strip().split("\n\n")
+    assert len(parts) == 6
+    with Masters(tmp_path, relay="relay.example.com") as rig:
+        rig.master()
+        rig.add("home.example.com").secret_file.rename(tmp_path / "home.secret")
+        # Where it finds the master, and whom it trusts.
+        (tmp_path / ".curlrc").write_text(
+            f'connect-to = "master.example.com:443:127.0.0.1:{rig.port}"\n'
+            f'cacert = "{rig.authority_file}"\n'
+        )
+        env = {**os.environ, "HOME": str(tmp_path)}
+        find("curl")
+        for command, shown in zip(parts[::2], parts[1::2]):
+            done = subprocess.run(
+                ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, check=True
+            )
+            printed = done.stdout.decode()
+            if shown.startswith("{"):
+                now, then = json.loads(printed), json.loads(shown)
+                assert list(now) == list(then)
+                differs = {"token", "valid", "device_id", "serial", "time"} & set(now)
+                assert {k: v for k, v in now.items() if k not in differs} == {
+                    k: v for k, v in then.items() if k not in differs
+                }
+                assert all(type(now[key]) is type(then[key]) for key in differs)
+            else:
+                # Header and beginning of a signed list.
+                assert printed.startswith(shown.strip().rstrip("…"))
