@@ -21,7 +21,6 @@ from ..errors import (
     EndpointError,
     LinkError,
     LostError,
-    MisuseError,
     RefusedError,
     SniTunError,
     UnreachableError,
@@ -30,7 +29,6 @@ from ..net.bridge import Bridge, BridgeState
 from ..net.dialing import blocking_dial
 from ..net.loop import Handler, utc
 from ..net.netlink import NetworkWatch, local_address_is_gone
-from ..net.service import Service
 from ..net.sockets import check_congestion_control, reason, set_congestion_control, unpack_ip
 from ..net.tuning import CONNECT_S, PROBE_S
 from ..net.tunnel import Tunnel, TunnelState
@@ -42,12 +40,13 @@ from .endpoints import Endpoints
 from .history import History
 from .limits import Limits
 from .retry import FIRST_S, REFUSALS, Retry, fraction
-from .settings import ANY, ENDPOINT, THREADS, WAITING, EndpointSettings, Settings
+from .serving import Serving
+from .settings import ENDPOINT, Settings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from typing import Any
 
     from ..net.loop import Timer
@@ -57,10 +56,8 @@ if TYPE_CHECKING:
     from ..protocol.mux import Channel
     from ..protocol.names import Address
     from ..protocol.ticket import Ticket
-    from .handlers import Handlers
     from .master import Master, MasterSettings
     from .probe import Probe
-    from .wsgi import Application
 
 log = logging.getLogger("snitun_sync")
 
@@ -87,7 +84,7 @@ class ClientState(Enum):
     STOPPING = "stopping"
 
 
-class Client(Service):
+class Client(Serving):
     """A client. `start` it, or `run` it on this thread; `stop` ends it.
 
     It reconnects by itself, whatever happens to the tunnel. It ends by itself only
@@ -164,64 +161,6 @@ class Client(Service):
         if settings.congestion_control:
             check_congestion_control(settings.congestion_control)
         self._on_loop(self._reconfigure, settings)
-
-    def serve(
-        self,
-        handler: Callable[[socket.socket, str], object],
-        hostname: str | Sequence[str] = ANY,
-        *,
-        threads: int = THREADS,
-        waiting: int = WAITING,
-        tls_cert: str = "",
-        tls_key: str = "",
-        tls_alpn: str = "",
-    ) -> None:
-        """Let devices that ask for `hostname` talk to `handler(connection, device_address)`.
-
-        Before the client runs. The handler is called on one of at most `threads` threads, once
-        for each connection; `waiting` more may wait for a thread. `connection` is a blocking
-        socket, closed when the handler returns; an exception cuts it. `device_address` is
-        the device's IP address, "" where it isn't known. `hostname`: see EndpointSettings.names;
-        by default all that have no other endpoint. With `tls_cert` TLS ends here, and the
-        connection has plaintext; without it the handler gets TLS as the device sends it.
-        Raises ConfigurationError, and MisuseError once the client runs.
-        """
-        from .handlers import Call, Handlers  # noqa: PLC0415  few have handlers
-
-        settings = EndpointSettings(
-            None, hostname, tls_cert=tls_cert, tls_key=tls_key, tls_alpn=tls_alpn
-        )
-        self._add(settings, Handlers(self.loop, partial(Call, handler), threads, waiting))
-
-    def serve_wsgi(
-        self,
-        app: Application,
-        hostname: str | Sequence[str] = ANY,
-        *,
-        threads: int = THREADS,
-        waiting: int = WAITING,
-        tls_cert: str,
-        tls_key: str = "",
-    ) -> None:
-        """Let devices that ask for `hostname` use a WSGI application (PEP 3333) over HTTPS.
-
-        Before the client runs. All is as with `serve`; REMOTE_ADDR is the device's
-        address. A connection between two requests takes no thread.
-        """
-        from .handlers import Handlers  # noqa: PLC0415
-        from .wsgi import WsgiConversation  # noqa: PLC0415
-
-        settings = EndpointSettings(None, hostname, tls_cert=tls_cert, tls_key=tls_key)
-        make = partial(
-            WsgiConversation, app, scheme="https", others_wait=lambda: handlers.has_waiting
-        )
-        handlers: Handlers = Handlers(self.loop, make, threads, waiting, waits_first=True)
-        self._add(settings, handlers)
-
-    def _add(self, settings: EndpointSettings, handlers: Handlers) -> None:
-        if self._begun.locked():
-            raise MisuseError("serve: the client runs already, or has ended")
-        self.endpoints.add(settings, handlers)
 
     @property
     def ticket(self) -> Ticket | None:

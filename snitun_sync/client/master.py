@@ -419,7 +419,7 @@ class Master:
 
     def _keep_now(self) -> None:
         text, self._keep_next = self._keep_next, None
-        job = partial(_blocking_keep, self.settings.state_dir, text or "")
+        job = partial(_blocking_keep, self.settings, text or "")
         self._is_keeping = self._workers.submit(job, self._has_kept)
 
     def _has_kept(self, _: None, error: Exception | None) -> None:
@@ -446,15 +446,16 @@ def _blocking_ask(settings: MasterSettings, fetch: Fetch) -> Found:
     return fetch.blocking_run(headers), device_id, secret
 
 
-def _blocking_keep(folder: str, text: str) -> None:
+def _blocking_keep(settings: MasterSettings, text: str) -> None:
     """Replace the kept ticket as a whole, or remove it. Raises OSError."""
-    path = os.path.join(folder, KEPT_NAME)
+    path = os.path.join(settings.state_dir, KEPT_NAME)
     if not text:
         if os.path.exists(path):
             os.unlink(path)
         return
-    os.makedirs(folder, 0o700, exist_ok=True)
-    new = f"{path}.{os.getpid()}"
+    os.makedirs(settings.state_dir, 0o700, exist_ok=True)
+    # Not the process's id: what a crash leaves is overwritten. Another client has another name.
+    new = f"{path}.{settings.device_id}"
     try:
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             file.write(text)
