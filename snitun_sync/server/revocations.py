@@ -193,19 +193,18 @@ class Follower:
         if latest is None:
             self._failed(error)
             return
-        former, self.list = self.list, latest
-        if self.failure:
-            log.info("the session master at %s is back", self.url)
-        is_news = bool(self.failure)
+        is_back = bool(self.failure)
         self.checked, self.away_since, self.failure = time.time(), None, ""
         self._pause_s = LEAST_PAUSE_S
+        if is_back:
+            log.info("the session master at %s is back", self.url)
+            self._server.tell()
+        former, self.list = self.list, latest
         found = latest.revocations
         if former is None or former.revocations.serial != found.serial:
             log.info("revocations: serial %d, %d devices", found.serial, len(found.entries))
             self._apply(found)
         self._schedule(max(0.0, self._began_at + LEAST_PAUSE_S - self._server.loop.now))
-        if is_news:
-            self._server.tell()
 
     def _failed(self, error: Exception | None) -> None:
         self.refused_lists += isinstance(error, TokenError)
