@@ -52,8 +52,7 @@ log = logging.getLogger("snitun_sync")
 
 # Renewed at a random moment between these shares of its life: not all clients come together.
 RENEW_FROM, RENEW_TO = 0.60, 0.67
-# However short or long a life is: poll(2) counts milliseconds in 31 bits, 24 days.
-LEAST_RENEWAL_S, MOST_RENEWAL_S = 10.0, 14 * 86400.0
+LEAST_RENEWAL_S = 10.0  # however short a life is
 REVOKED_S = 900.0  # a revoked device asks again so often
 LONGEST_RETRY_AFTER_S = 3600
 MAX_SAID = 200  # characters of what the master says
@@ -342,7 +341,7 @@ class Master:
     def _take(self, ticket: Ticket, left_s: float, renew_in_s: float) -> None:
         self.ticket, self._server_at = ticket, 0
         self._can_serve, self._ends_at = True, self._client.loop.now + left_s
-        self._schedule(min(max(LEAST_RENEWAL_S, renew_in_s), MOST_RENEWAL_S))
+        self._schedule(max(LEAST_RENEWAL_S, renew_in_s))
 
     def _ticket_of(
         self, fields: dict[str, Any], answer: dict[str, Any], device_id: str, secret: str

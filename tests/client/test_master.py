@@ -27,6 +27,7 @@ from snitun_sync.protocol.frame import REVOKED
 from snitun_sync.protocol.ticket import Ticket
 from snitun_sync.protocol.token import new_fernet_key
 from snitun_sync.server import Server
+from tests.masters import Masters
 from tests.services import ConnectProxy, refusing_port
 from tests.stub_master import AUTHORITY, Reply, StubMaster
 from tests.support import (
@@ -652,6 +653,31 @@ def test_settings_that_do_not_fit_together(tmp_path: Path) -> None:
         Settings(ticket, master="https://master.example")
     with pytest.raises(UsageError, match="no ticket"):
         Client()
+
+
+# --- the real one ----------------------------------------------------------------------------
+
+
+def test_rotate_and_revoke_at_the_real_master(
+    tmp_path: Path, endpoint: Endpoint, child: None
+) -> None:
+    with Masters(tmp_path) as masters:
+        masters.master()
+        relay = masters.relay()
+        account = masters.add(HOSTNAME)
+        relay.wait_for("revocations")
+        client = masters.client(account, endpoint.address, "--reconnect-spread", "0")
+        with Device(masters.relay_port, "ECHO") as device:
+            device.exchange()
+        masters.rotate(account)  # and the file has the new secret
+        client.wait_for("the token was revoked")
+        client.wait_for("ready: ", 2)
+        with Device(masters.relay_port, "ECHO") as device:
+            device.exchange()
+        masters.device("revoke", account.device_id)
+        client.wait_for("the token was revoked", 2)
+        client.wait_for("answers 403")
+        assert account.credential.partition(".")[2] not in client.output
 
 
 # --- the program ------------------------------------------------------------------------------
