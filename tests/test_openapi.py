@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from snitun_sync.master.service import _PHRASES
 from tests.master.serving import Serving
 from tests.support import PROJECT
 
@@ -47,6 +46,7 @@ def test_no_answer_is_undocumented(tmp_path: Path, who: str, examples: int) -> N
 
 
 def test_what_the_server_itself_answers_is_documented() -> None:
+    by_the_server = {"400", "408", "411", "413", "431", "500", "503"}
     for path, operations in json.loads(DOCUMENT.read_text())["paths"].items():
         for method, operation in operations.items():
-            assert set(map(str, _PHRASES)) <= set(operation["responses"]), (path, method)
+            assert by_the_server <= set(operation["responses"]), (path, method)

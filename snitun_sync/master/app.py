@@ -81,6 +81,8 @@ class App:
         """
         self.store, self.keys = store, keys
         self._admin_token = admin_token.strip().encode()
+        self._relays: tuple[str, ...] = ()
+        self._token_ttl_s = 0
         self.configure(relays, token_ttl_s)
         self._turn = itertools.count()
         self._failures = Failures()
@@ -109,7 +111,8 @@ class App:
                 f"--token-ttl: {token_ttl_s:g} seconds; expected {SHORTEST_TTL_S} to "
                 f"{LONGEST_TTL_S}"
             )
-        self.store.note_token_ttl(token_ttl_s)
+        if token_ttl_s != self._token_ttl_s:
+            self.store.note_token_ttl(token_ttl_s)
         self._relays, self._token_ttl_s = tuple(relays), int(token_ttl_s)
 
     def stop(self) -> None:

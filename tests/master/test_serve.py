@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from snitun_sync.master.service import CONNECTIONS, HEAD_BYTES
+from snitun_sync.master.connection import HEAD_BYTES
+from snitun_sync.master.service import CONNECTIONS
 from snitun_sync.master.store import Store
 from snitun_sync.protocol.aes import load
 from snitun_sync.protocol.proxy_protocol import version_1, version_2
