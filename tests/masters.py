@@ -12,15 +12,16 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trustme
 
 from tests.appliance import DOMAIN, Web
-from tests.support import PROJECT, WAIT_S, Program, free_port, in_threads, module, wait_until
+from tests.support import PROJECT, WAIT_S, Program, free_port, module, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 HOST = "localhost"
@@ -104,12 +105,18 @@ class Masters:
 
     # --- programs ------------------------------------------------------------------
 
-    def master(self, *arguments: str | Path, before: Sequence[str] = ()) -> Program:
-        """Start the session master; return it once it answers. `before` stands before it."""
+    def master(
+        self, *arguments: str | Path, before: Sequence[str] = (), is_plain: bool = False
+    ) -> Program:
+        """Start the session master; return it once it answers. `before` stands before it.
+
+        `is_plain`: without TLS, which somebody else is to end.
+        """
         program = self._start(
             *(*before, *module("snitun_sync.master", "serve", "--token-ttl", "60s")),
             *("--database", self.database, "--fernet-key-file", self.key_file),
-            *("--listen", f"127.0.0.1:{self.port}", "--tls-cert", self.certificate),
+            *("--listen", f"127.0.0.1:{self.port}"),
+            *(() if is_plain else ("--tls-cert", self.certificate)),
             *("--relay", self._relay_name or f"127.0.0.1:{self.relay_port}"),
             *(("--proxy-protocol-from", "127.0.0.1") if self.is_routed else ()),
             *arguments,
@@ -266,19 +273,17 @@ class Load:
     """What became of long ones that didn't come to their end."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _is_over: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
+    _threads: list[threading.Thread] = field(default_factory=list)
 
     def begin(self, rate: float = 50.0, devices: int = 10) -> Load:
         """Begin, on threads of their own."""
 
-        def job(number: int) -> None:
-            if number == devices:
-                self._use_long()
-            else:
-                self._use(devices / rate, is_lasting=bool(number % 2))
-
-        self._thread = threading.Thread(target=in_threads, args=(devices + 1, job), daemon=True)
-        self._thread.start()
+        jobs: list[Callable[[], None]] = [self._use_long]
+        for number in range(devices):
+            jobs.append(partial(self._use, devices / rate, is_lasting=bool(number % 2)))
+        for job in jobs:
+            self._threads.append(threading.Thread(target=job, daemon=True))
+            self._threads[-1].start()
         return self
 
     def go_on(self, count: int = 50) -> None:
@@ -289,9 +294,9 @@ class Load:
     def end(self) -> Load:
         """Stop; all of them have their answer then."""
         self._is_over.set()
-        assert self._thread is not None
-        self._thread.join(2 * WAIT_S)
-        assert not self._thread.is_alive()
+        for thread in self._threads:
+            thread.join(2 * WAIT_S)
+            assert not thread.is_alive()
         return self
 
     def _use(self, period_s: float, *, is_lasting: bool) -> None:

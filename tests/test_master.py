@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +16,10 @@ import trustme
 from playwright.sync_api import Error, sync_playwright
 
 from tests import network
-from tests.appliance import find
+from tests.appliance import find, listens
 from tests.masters import Masters, write_secret
 from tests.network import Network, Resolver
-from tests.support import PROJECT, Program, examples
+from tests.support import PROJECT, Program, examples, free_port, wait_until
 from tools.master import PARTS
 
 # Nobody wants to see a page with an endless list of commands at the start.
@@ -175,3 +176,70 @@ def test_the_examples_with_curl(tmp_path: Path) -> None:
             else:
                 # Header and beginning of a signed list.
                 assert printed.startswith(shown.strip().rstrip("…"))
+
+
+def test_the_commands_for_keys_and_a_backup(tmp_path: Path) -> None:
+    keys, backup = (
+        next(text for text in examples("docs/master.md") if text.startswith(first))
+        for first in ("snitun-master new-key > new.key", "python3 -c")
+    )
+    path = f"{programs(tmp_path / 'bin', tmp_path)}:{os.environ['PATH']}"
+
+    def run(command: str) -> None:
+        env = {**os.environ, "PATH": path, "PYTHONPATH": str(PROJECT)}
+        subprocess.run(["bash", "-ec", command], cwd=tmp_path, env=env, check=True)
+
+    with Masters(tmp_path) as rig:
+        rig.master()
+        former = rig.key_file.read_text()
+        above, below = keys.splitlines()
+        run(above)
+        newest, *others = rig.key_file.read_text().splitlines(keepends=True)
+        assert others == [former]
+        run(below)
+        assert rig.key_file.read_text() == newest != former
+        account = rig.add()
+        run(backup)
+        rig.add("later.example.test")
+    with Masters(tmp_path) as restored:
+        (tmp_path / "snitun.backup").rename(restored.database)
+        restored.master()
+        assert restored.token(account.credential).status == 200
+        (found,) = json.loads(restored.device("list", "--json"))
+        assert found["id"] == account.device_id
+
+
+def test_behind_nginx(tmp_path: Path) -> None:
+    nginx, port = find("nginx"), free_port()
+    (server,) = (text for text in examples("docs/master.md") if text.startswith("server {"))
+    with Masters(tmp_path) as rig:
+        for name, here in (
+            ("443 ssl", f"127.0.0.1:{port} ssl"),
+            ("/etc/ssl/master.pem", str(rig.certificate)),
+            ("8443", str(rig.port)),
+        ):
+            assert name in server
+            server = server.replace(name, here)
+        paths = "".join(
+            f"{name}_temp_path {tmp_path}; "
+            for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        (tmp_path / "nginx.conf").write_text(
+            f"daemon off; master_process off; pid {tmp_path}/nginx.pid; error_log stderr warn; "
+            f"events {{ }} http {{ access_log off; {paths}\n{server} }}"
+        )
+        rig.master(is_plain=True)
+        account = rig.add()
+        with Program(nginx, "-c", tmp_path / "nginx.conf", "-p", tmp_path):
+            wait_until(lambda: listens(port), "nginx")
+            rig.port = port
+            assert rig.token(account.credential).status == 200
+            assert rig.ask("/metrics").status == 403
+            before = rig.ask("/v1/revocations")
+            waiting = threading.Timer(0.5, rig.device, ["revoke", account.device_id])
+            waiting.start()
+            etag = {"If-None-Match": before.headers["ETag"]}
+            changed = rig.ask("/v1/revocations?wait=60", headers=etag)
+            waiting.join()
+            assert (changed.status, changed.body != before.body) == (200, True)
+            assert rig.token(account.credential).status == 403
