@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 PROGRAM = "snitun-master"
 
 DESCRIPTION = """\
-Makes the Fernet keys that session master and relay share, and the tickets with which
-clients open their tunnels. Both are secrets: write them to files with mode 600."""
+Makes the Fernet keys that session master and relay share, gives devices a secret of their
+own, and makes the tickets with which clients open their tunnels. All of these are secrets:
+write them to files with mode 600."""
 
 EPILOG = f"""\
   umask 077
