@@ -16,10 +16,11 @@ import trustme
 from playwright.sync_api import Error, sync_playwright
 
 from tests import network
+from tests.acme import acme
 from tests.appliance import find, listens
 from tests.masters import Masters, write_secret
 from tests.network import Network, Resolver
-from tests.support import PROJECT, Program, examples, free_port, wait_until
+from tests.support import PROJECT, Credentials, Program, examples, free_port, relay, wait_until
 from tools.master import PARTS
 
 # Nobody wants to see a page with an endless list of commands at the start.
@@ -72,10 +73,10 @@ def test_readme_s_commands_as_they_stand_and_a_browser(hosts: Network, tmp_path:
     count = sum(len(line.split("; ")) for line in (*at_relay, *at_home))
     assert "pip install ." in (PROJECT / "README.md").read_text("utf-8")
     assert count + 1 <= MOST_COMMANDS
-    relay, home = folders(tmp_path)
+    outside, home = folders(tmp_path)
     env = {
         # What `pip install .` brings, and a scp that needs no ssh.
-        "PATH": f"{programs(tmp_path / 'bin', relay)}:{os.environ['PATH']}",
+        "PATH": f"{programs(tmp_path / 'bin', outside)}:{os.environ['PATH']}",
         # Whom this machine trusts.
         "SSL_CERT_FILE": str(tmp_path / "authority.pem"),
     }
@@ -86,8 +87,8 @@ def test_readme_s_commands_as_they_stand_and_a_browser(hosts: Network, tmp_path:
 
     service = hosts.run("client", "sh", "-c", f"cd {home}; exec {sys.executable} -c '{SERVICE}'")
     service.wait_for("listening")
-    shell("relay", relay, *at_relay, "echo all done; wait").wait_for("all done")
-    assert (relay / "home.secret").stat().st_mode & 0o077 == 0
+    shell("relay", outside, *at_relay, "echo all done; wait").wait_for("all done")
+    assert (outside / "home.secret").stat().st_mode & 0o077 == 0
     client = shell("client", home, *at_home)
     client.wait_for("ready: ")
     with sync_playwright() as playwright:
@@ -99,7 +100,9 @@ def test_readme_s_commands_as_they_stand_and_a_browser(hosts: Network, tmp_path:
         page = browser.new_context(ignore_https_errors=True).new_page()
         page.goto("https://home.example.com/")
         assert page.title() == "At home"
-        done = shell("relay", relay, "snitun-master device revoke home.example.com --database *.db")
+        done = shell(
+            "relay", outside, "snitun-master device revoke home.example.com --database *.db"
+        )
         assert done.wait() == 0, done.output
         client.wait_for("was revoked")
         with pytest.raises(Error, match="ERR_SSL"):
@@ -207,6 +210,15 @@ def test_the_commands_for_keys_and_a_backup(tmp_path: Path) -> None:
         assert restored.token(account.credential).status == 200
         (found,) = json.loads(restored.device("list", "--json"))
         assert found["id"] == account.device_id
+
+
+def test_a_certificate_by_acme_through_the_route(tmp_path: Path) -> None:
+    name, port = "master.example.com", free_port()
+    credentials = Credentials(tmp_path)
+    server, relay_port = relay(credentials, "--route", f"{name}=127.0.0.1:{port}")
+    with server, acme(tmp_path, relay_port) as authority:
+        authority.lego(name, port, "run")
+        assert all(path.stat().st_size for path in authority.files(name))
 
 
 def test_behind_nginx(tmp_path: Path) -> None:

@@ -275,16 +275,19 @@ def published_client_gets_through(folder: Path, exchanges: int) -> int:
 
     endpoint = Endpoint()
     (folder / "client").mkdir(parents=True)
-    with contextlib.closing(endpoint), Masters(folder / "client") as rig:
-        rig.master()
+    with contextlib.closing(endpoint), Masters(folder / "client", is_routed=True) as rig:
+        master = rig.master()
         rig.relay()
         account, keys = rig.add(HOSTNAME), new_keys()
         command = (
             *(find("curl"), "--silent", "--show-error", "--fail", "--cacert"),
             *(str(rig.authority_file), "--json", json.dumps(keys)),
             *("--oauth2-bearer", account.credential, f"{rig.url}/v1/token"),
+            *("--interface", "127.0.0.9"),
         )
         answer = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        # By the relay's route, and yet it is known who has asked.
+        master.wait_for(f"127.0.0.9: device {account.device_id}")
         payload = SimpleNamespace(
             aes_key=bytes.fromhex(keys["aes_key"]),
             aes_iv=bytes.fromhex(keys["aes_iv"]),
