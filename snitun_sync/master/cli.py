@@ -117,7 +117,7 @@ def make_ticket(options: Options, now: float) -> Ticket:
     token = seal_token(device, fernet, aes_key=aes_key, aes_iv=aes_iv, valid=valid, now=now)
     if len(token) > MAX_TEXT:
         raise UsageError(
-            f"--alias: {1 + len(device.aliases)} names make a token of {len(token)} characters, "
+            f"--alias: {len(device.aliases)} names make a token of {len(token)} characters, "
             f"and relays take at most {MAX_TEXT}"
         )
     if len(token) > PUBLISHED_MAX_TEXT:
