@@ -177,7 +177,7 @@ class App:
             raise RefusalError(403, f"device {device.id} was revoked")
         fields = json_object(body)
         key, iv = hex_field(fields, "aes_key", KEY_SIZE), hex_field(fields, "aes_iv", IV_SIZE)
-        valid = int(now) + self._token_ttl_s
+        valid = max(int(now), device.tokens_before) + self._token_ttl_s
         token = seal_token(device, self.keys.fernet, aes_key=key, aes_iv=iv, valid=valid, now=now)
         relays = self._relays
         first = next(self._turn) % len(relays)
@@ -194,8 +194,9 @@ class App:
             "alias": device.aliases,
             "device_id": device.id,
         }
-        self.store.seen(device.id, now)
-        log.info("%s: device %s, %s: a token for it", address, device.id, device.hostname)
+        # One that asks again and again doesn't fill the log.
+        level = logging.INFO if self.store.seen(device.id, now) else logging.DEBUG
+        log.log(level, "%s: device %s, %s: a token for it", address, device.id, device.hostname)
         return 200, [_JSON, _NO_STORE], _json(answer)
 
     def _failed(self, environ: Environ, address: str, device_id: str, what: str) -> RefusalError:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 
 from ..errors import ConfigurationError
-from ..program import read_fernet_keys
+from ..program import file_stamp, read_fernet_keys
 from ..protocol.token import Fernet
 
 TYPE_CHECKING = False
@@ -37,7 +36,7 @@ class Keys:
 
     def read(self) -> None:
         """Read the file at once. Raises ConfigurationError, and the former keys stay."""
-        stamp = self._stamp()
+        stamp = file_stamp(self._path)
         keys = read_fernet_keys(self._path, self._option)
         self.fernet, self.newest = Fernet(keys, self._aes), keys[0]
         self._taken = self._seen = stamp
@@ -51,7 +50,7 @@ class Keys:
             return
         try:
             self._look_at = now + LOOK_EACH_S
-            stamp = self._stamp()
+            stamp = file_stamp(self._path)
             if stamp != self._seen:
                 self._seen, self._seen_at = stamp, now
             if stamp != self._taken and now - self._seen_at >= QUIET_S:
@@ -63,11 +62,3 @@ class Keys:
                 log.error("%s; the former keys stay", error)
         finally:
             self._lock.release()
-
-    def _stamp(self) -> object:
-        """Return what is another thing once the file has changed."""
-        try:
-            status = os.stat(self._path)
-        except (OSError, ValueError):
-            return None
-        return status.st_ino, status.st_size, status.st_ctime_ns

@@ -20,11 +20,10 @@ def exposition(
     store: Store, answers: Mapping[tuple[str, int], int], waiting: int, keys: Keys
 ) -> str:
     """Return what /metrics answers; `answers` counts them by path and status."""
-    devices = store.devices()
-    revoked = sum(device.revoked is not None for device in devices)
+    devices, revoked = store.counts()
     codes = [({"path": path, "code": str(code)}, n) for (path, code), n in answers.items()]
     tokens = answers.get(("/v1/token", 200), 0)
-    states = [({"state": "active"}, len(devices) - revoked), ({"state": "revoked"}, revoked)]
+    states = [({"state": "active"}, devices - revoked), ({"state": "revoked"}, revoked)]
     return render(
         [
             (f"{PREFIX}_build", "info", "", "The release.", [({"version": __version__}, 1)]),

@@ -96,9 +96,13 @@ class Store:
         self._path, self._clock = path, clock
         self._lock = threading.Lock()
         self._seen: dict[str, int] = {}  # by the device's id, when; not written yet
-        self._seen_written = time.monotonic()
-        self._complained = self._seen_written - COMPLAINT_PERIOD_S
+        self._seen_lock = threading.Lock()
+        self._seen_timer: threading.Timer | None = None
+        self._complain_at = 0.0
+        # It only reads. A change has one of its own: who reads doesn't wait for the disk, nor
+        # for another process.
         self._connection = self._opened(must_exist)
+        self._identity = self._found()
 
     def __enter__(self) -> Store:
         return self
@@ -108,8 +112,10 @@ class Store:
 
     def close(self) -> None:
         """Write what is still to be written, and close the file."""
+        if self._seen_timer is not None:
+            self._seen_timer.cancel()
+        self._write_seen()
         with self._lock:
-            self._write_seen()
             self._connection.close()
 
     # --- devices ---------------------------------------------------------------------
@@ -146,12 +152,20 @@ class Store:
         with self._reading() as database:
             return [_device(row) for row in database.execute(f"{_DEVICE} ORDER BY hostname, id")]
 
+    def counts(self) -> tuple[int, int]:
+        """Return how many devices there are, and how many of them are revoked."""
+        with self._reading() as database:
+            found: tuple[int, int] = database.execute(
+                "SELECT count(*), count(revoked) FROM device"
+            ).fetchone()
+        return found
+
     def find(self, id_or_name: str) -> Device:
         """Return the device that has this id, or one that has this hostname or alias.
 
         A revoked one is found by its hostname where no other one has that.
         """
-        text = normal_hostname(id_or_name)
+        text = normal_hostname(id_or_name).encode("ascii", "replace").decode()
         with self._reading() as database:
             rows = database.execute(
                 f"{_DEVICE} LEFT JOIN name ON device_id = id AND name = :text "
@@ -222,12 +236,23 @@ class Store:
             database.execute("DELETE FROM device WHERE id = ?", [device_id])
             _note(database, now, device, "removed")
 
-    def seen(self, device_id: str, now: float) -> None:
-        """The device was here; written a few seconds later, with those of others."""
-        with self._lock:
-            self._seen[device_id] = int(now)
-            if time.monotonic() - self._seen_written >= SEEN_PERIOD_S:
-                self._write_seen()
+    def seen(self, device_id: str, now: float) -> bool:
+        """The device was here: written a few seconds later, with those of others.
+
+        Return whether that is news: False where it was here in these seconds already.
+        """
+        with self._seen_lock:
+            is_news = device_id not in self._seen
+            self._seen[device_id] = max(int(now), self._seen.get(device_id, 0))
+            if self._seen_timer is None:
+                timer = threading.Timer(SEEN_PERIOD_S, self._write_seen)
+                timer.daemon = True
+                try:
+                    timer.start()
+                    self._seen_timer = timer
+                except RuntimeError:
+                    pass  # no thread can be had: whoever comes next tries again
+        return is_news
 
     # --- tokens ----------------------------------------------------------------------
 
@@ -245,6 +270,9 @@ class Store:
 
     def note_token_ttl(self, seconds: float) -> None:
         """Tokens that live so long are about to be made: entries are to outlive them."""
+        with self._reading() as database:
+            if _number(database, "token_ttl") >= seconds:
+                return  # a full disk is no reason not to serve
         with self._change() as (database, _):
             database.execute(
                 "UPDATE number SET value = max(value, ?) WHERE name = 'token_ttl'", [int(seconds)]
@@ -256,7 +284,10 @@ class Store:
             return _number(database, "serial")
 
     def revocations(self, now: float) -> Revocations:
-        """Return the list of revocations."""
+        """Return the list of revocations, without entries that have ended.
+
+        They stay in the database: a clock may have gone too far, and come back.
+        """
         with self._reading() as database:
             # One statement, one state of the database: entries and serial belong together.
             rows = database.execute(
@@ -282,48 +313,77 @@ class Store:
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         """Hold the lock; what SQLite raises becomes a StoreError."""
-        with self._lock:
-            try:
-                yield self._connection
-            except _ERRORS as error:
-                raise self._error(error) from None
+        with self._lock, self._errors():
+            yield self._connection
 
     @contextmanager
-    def _change(self) -> Iterator[tuple[sqlite3.Connection, int]]:
+    def _change(self, busy_s: float = 0.0) -> Iterator[tuple[sqlite3.Connection, int]]:
         """Change the database, as a whole or not at all; yield it and the time."""
-        with self._reading() as database, _transaction(database):
-            yield database, int(self._clock())
+        with self._errors(), closing(self._connect(busy_s or BUSY_S)) as one, _transaction(one):
+            yield one, int(self._clock())
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            # Commands would go on with another file than we do, and who is revoked there isn't
+            # revoked here.
+            if self._found() != self._identity:
+                raise StoreError(
+                    f"the database {self._path}: another file is in its place, or none, since it "
+                    "was opened; put it back, or start this program again"
+                )
+            yield
+        except _ERRORS as error:
+            raise self._error(error) from None
+
+    def _found(self) -> tuple[int, int] | None:
+        """Return which file is there now."""
+        try:
+            status = os.stat(self._file)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
 
     def _write_seen(self) -> None:
-        """Write who was seen; under the lock. It can wait until the next time."""
-        if not self._seen:
+        """Write who was seen. It can wait until the next time."""
+        with self._seen_lock:
+            self._seen_timer = None
+            seen = self._seen.copy()
+        if not seen:
             return
-        self._seen_written = time.monotonic()
         try:
-            _set_timeout(self._connection, SEEN_BUSY_S)
-            try:
-                with _transaction(self._connection):
-                    self._connection.executemany(
-                        "UPDATE device SET last_seen = max(coalesce(last_seen, 0), ?) WHERE id = ?",
-                        [(when, device_id) for device_id, when in self._seen.items()],
-                    )
-            finally:
-                _set_timeout(self._connection, BUSY_S)
-            self._seen.clear()
-        except sqlite3.Error as error:
-            if self._seen_written - self._complained >= COMPLAINT_PERIOD_S:
-                self._complained = self._seen_written
-                log.warning("%s; when devices were last seen isn't written", self._error(error))
+            with self._change(SEEN_BUSY_S) as (database, _):
+                database.executemany(
+                    "UPDATE device SET last_seen = max(coalesce(last_seen, 0), ?) WHERE id = ?",
+                    [(when, device_id) for device_id, when in seen.items()],
+                )
+        except StoreError as error:
+            now = time.monotonic()
+            if now >= self._complain_at:
+                self._complain_at = now + COMPLAINT_PERIOD_S
+                log.warning("%s; when devices were last seen isn't written", error)
+            return
+        with self._seen_lock:
+            for device_id, when in seen.items():
+                if self._seen.get(device_id) == when:
+                    del self._seen[device_id]
 
     def _opened(self, must_exist: bool) -> sqlite3.Connection:
-        path = os.path.abspath(self._path)  # SQLite has own ideas about "" and ":memory:"
         try:
+            # SQLite has own ideas about "" and ":memory:", and makes what a link leads to for all.
+            self._file = os.path.realpath(self._path)
+            has_wal = os.path.exists(f"{self._file}-wal")
+            if has_wal and not os.path.exists(self._file):  # SQLite would remove it
+                raise StoreError(
+                    f"the database {self._path}: it isn't there, and what belongs to it, "
+                    f"{self._path}-wal, is; put it back, or move that away, too"
+                )
             if must_exist:
-                os.stat(path)
+                os.stat(self._file)
             else:
                 # Not opened where it exists: to close it would end all locks of this process.
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-                os.close(os.open(path, flags, 0o600))
+                os.close(os.open(self._file, flags, 0o600))
         except FileExistsError:
             pass
         except (OSError, ValueError) as error:  # ValueError: a zero byte
@@ -334,9 +394,7 @@ class Store:
         while True:
             connection = None
             try:
-                connection = sqlite3.connect(
-                    path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
-                )
+                connection = self._connect(BUSY_S)
                 self._set_up(connection)
                 return connection
             except BaseException as error:
@@ -348,6 +406,11 @@ class Store:
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise self._error(error) from None
             time.sleep(RETRY_S)
+
+    def _connect(self, busy_s: float) -> sqlite3.Connection:
+        return sqlite3.connect(
+            self._file, timeout=busy_s, isolation_level=None, check_same_thread=False
+        )
 
     def _set_up(self, database: sqlite3.Connection) -> None:
         # In this order: somebody else may be making the tables.
@@ -362,8 +425,6 @@ class Store:
             )
         if (mode := _value(database, "PRAGMA journal_mode = WAL")) != "wal":
             raise StoreError(f"the database {self._path}: its file system allows {mode} only")
-        database.execute("PRAGMA synchronous = FULL")
-        database.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         if not tables:
             with _transaction(database):
                 if not _value(database, "SELECT count(*) FROM sqlite_master"):
@@ -379,12 +440,11 @@ class Store:
         said = str(error)
         reason = next((text for word, text in _REASONS.items() if word in said), said)
         if reason == said:  # such as "disk I/O error" or "unable to open database file"
-            path = os.path.abspath(self._path)
             try:
-                disk = os.statvfs(os.path.dirname(path))
-                if os.path.isdir(path):
+                disk = os.statvfs(os.path.dirname(self._file))
+                if os.path.isdir(self._file):
                     reason = "it is a directory"
-                elif not os.access(path, os.R_OK | os.W_OK):
+                elif not os.access(self._file, os.R_OK | os.W_OK):
                     reason = "it can't be read and written"
                 elif disk.f_bavail * disk.f_frsize < LEAST_FREE_BYTES:
                     reason = _REASONS["is full"]
@@ -398,6 +458,8 @@ class Store:
 
 @contextmanager
 def _transaction(database: sqlite3.Connection) -> Iterator[None]:
+    database.execute("PRAGMA synchronous = FULL")
+    database.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
     database.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -405,10 +467,6 @@ def _transaction(database: sqlite3.Connection) -> Iterator[None]:
     finally:
         if database.in_transaction:
             database.execute("ROLLBACK")
-
-
-def _set_timeout(database: sqlite3.Connection, seconds: float) -> None:
-    database.execute(f"PRAGMA busy_timeout = {seconds * 1000:.0f}")
 
 
 def _value(database: sqlite3.Connection, statement: str) -> Any:
@@ -455,11 +513,15 @@ def _claim(database: sqlite3.Connection, device: Device) -> None:
 
 def _refuse_tokens(database: sqlite3.Connection, now: int, device: Device) -> None:
     """Make the entry that refuses all tokens of the device that were made until now."""
-    before = max(now + LEAD_S, device.tokens_before + 1)  # clocks go backwards
-    valid = database.execute("SELECT ticket_valid FROM device WHERE id = ?", [device.id])
-    until = max(now + _number(database, "token_ttl"), valid.fetchone()[0]) + SLACK_S
+    # Clocks go backwards: nothing that was done for the device may be later, nor any token of it.
+    latest, valid = database.execute(
+        """SELECT max(?, coalesce(last_seen, 0), coalesce((SELECT max(time) FROM audit
+        WHERE device_id = id), 0)), ticket_valid FROM device WHERE id = ?""",
+        [now, device.id],
+    ).fetchone()
+    before = max(latest + LEAD_S, device.tokens_before + 1)
+    until = max(before + _number(database, "token_ttl"), valid) + SLACK_S
     database.execute("UPDATE device SET tokens_before = ? WHERE id = ?", [before, device.id])
-    database.execute("DELETE FROM revocation WHERE until <= ?", [now])
     database.execute(
         """INSERT INTO revocation VALUES (?, ?, ?) ON CONFLICT (device_id) DO UPDATE SET
         created_before = excluded.created_before, until = max(until, excluded.until)""",

@@ -315,7 +315,7 @@ def test_entries_end_with_the_last_token_that_they_refuse(
     store.note_ticket(two.id, NOW + 10)
     for device in (one, two):
         store.revoke(device.id)
-    until_one, until_two = NOW + 3600 + SLACK_S, NOW + 90_000 + SLACK_S
+    until_one, until_two = NOW + LEAD_S + 3600 + SLACK_S, NOW + 90_000 + SLACK_S
     assert store.revocations(until_one - 1).entries == {
         one.id: (NOW + LEAD_S, until_one),
         two.id: (NOW + LEAD_S, until_two),
@@ -325,21 +325,28 @@ def test_entries_end_with_the_last_token_that_they_refuse(
     assert store.revocations(NOW).serial == store.serial()
     clock.now = until_one
     store.remove(three.id)  # whose names nobody has, but whose tokens somebody may have
-    assert list(store.revocations(0).entries) == [two.id, three.id]
+    assert list(store.revocations(until_one).entries) == [two.id, three.id]
+    # A clock that had gone too far has come back: what it ended counts again.
+    assert list(store.revocations(NOW).entries) == [one.id, two.id, three.id]
 
 
-def test_a_later_entry_doesn_t_end_sooner(store: Store, clock: Clock) -> None:
-    device = store.add("a.test")[0]
+def test_a_clock_that_goes_back_leaves_no_token_out(store: Store, clock: Clock) -> None:
     store.note_token_ttl(1000)
-    store.rotate(device.id)
-    clock.now -= 500
-    store.revoke(device.id)
-    clock.now -= 500
-    store.revoke(device.id)
-    before, until = store.revocations(NOW).entries[device.id]
-    assert before == NOW + LEAD_S + 2
-    assert until == NOW + 1000 + SLACK_S
-    assert store.find(device.id).revoked == NOW - 500
+    seen, ticketed, twice = (store.add(f"{name}.test")[0] for name in ("a", "b", "c"))
+    store.seen(seen.id, NOW + 100)
+    store._write_seen()
+    store.note_ticket(ticketed.id, NOW + 5000)
+    store.rotate(twice.id)
+    for _ in range(2):
+        clock.now -= 3600
+        for device in (seen, ticketed, twice):
+            store.revoke(device.id)
+    assert store.revocations(NOW).entries == {
+        seen.id: (NOW + 100 + LEAD_S + 1, NOW + 100 + LEAD_S + 1 + 1000 + SLACK_S),
+        ticketed.id: (NOW + LEAD_S + 1, NOW + 5000 + SLACK_S),
+        twice.id: (NOW + LEAD_S + 2, NOW + LEAD_S + 2 + 1000 + SLACK_S),
+    }
+    assert store.find(seen.id).revoked == NOW - 3600
 
 
 def test_the_serial_is_seen_by_all_and_larger_than_any_before(path: str) -> None:
@@ -363,24 +370,30 @@ def test_when_devices_were_seen_is_written_later(
     store: Store, path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     one, two = store.add("a.test")[0], store.add("b.test")[0]
-    store.seen(one.id, NOW + 7.5)
-    assert store.find(one.id).last_seen is None
-    monkeypatch.setattr(store_module, "SEEN_PERIOD_S", 0.0)
-    store.seen(two.id, NOW)
-    assert [device.last_seen for device in store.devices()] == [NOW + 7, NOW]
-    # It can wait: nobody who is served does, and the log has one line.
+    monkeypatch.setattr(store_module, "SEEN_PERIOD_S", 0.05)
     monkeypatch.setattr(store_module, "SEEN_BUSY_S", 0.01)
     with raw(path) as other:
+        # Nobody who is served waits for that, and the log has one line.
         other.execute("BEGIN IMMEDIATE")
+        assert store.seen(one.id, NOW + 7.5)
+        assert not store.seen(one.id, NOW + 1)
         for later in (1, 2, 3):
             store.seen(two.id, NOW + later)
+            wait_until(lambda: store._seen_timer is None)
+        assert store.find(one.id).last_seen is None
         other.execute("ROLLBACK")
     assert "when devices were last seen isn't written" in caplog.text
     assert len(caplog.records) == 1
-    assert store.find(two.id).last_seen == NOW
+    # By itself, without anybody who comes later.
+    assert not store.seen(two.id, NOW)
+    wait_until(lambda: store.find(one.id).last_seen == NOW + 7)
+    assert store.find(two.id).last_seen == NOW + 3
+    wait_until(lambda: not store._seen)
+    monkeypatch.setattr(store_module, "SEEN_PERIOD_S", 1000.0)
+    assert store.seen(two.id, NOW + 4)
     store.close()
     with Store(path) as again:
-        assert again.find(two.id).last_seen == NOW + 3
+        assert again.find(two.id).last_seen == NOW + 4
 
 
 # --- the file -----------------------------------------------------------------------------------
@@ -388,14 +401,15 @@ def test_when_devices_were_seen_is_written_later(
 
 def test_who_may_read_it(path: str) -> None:
     umask = os.umask(0)
+    os.symlink(path, f"{path}.link")  # to nothing yet
     try:
-        with Store(path) as store:
+        with Store(f"{path}.link") as store:
             store.add("a.test")
             for name in (path, f"{path}-wal", f"{path}-shm"):
                 assert os.stat(name).st_mode & 0o777 == 0o600
     finally:
         os.umask(umask)
-    assert os.listdir(os.path.dirname(path)) == ["snitun.db"]
+    assert sorted(os.listdir(os.path.dirname(path))) == ["snitun.db", "snitun.db.link"]
 
 
 def refusal(path: str | Path, *, must_exist: bool = False) -> str:
@@ -448,13 +462,15 @@ def test_a_database_that_is_locked(
 ) -> None:
     """Reading goes on; a change waits, and says why it couldn't be made."""
     device = store.add("a.test")[0]
-    monkeypatch.setattr(store_module, "BUSY_S", 0.05)
+    store.note_token_ttl(3600)
     with raw(path) as other:
         other.execute("BEGIN IMMEDIATE")
-        with Store(path) as impatient:
+        store.note_token_ttl(60)  # nothing changes: nothing is written, nor waited for
+        with monkeypatch.context() as changed:
+            changed.setattr(store_module, "BUSY_S", 0.05)
             with pytest.raises(StoreError, match=r"snitun\.db: another process has locked it for"):
-                impatient.rotate(device.id)
-            assert impatient.find("a.test").tokens_before == 0
+                store.rotate(device.id)
+            assert store.find("a.test").tokens_before == 0
 
         def change(number: int) -> None:
             if number:
@@ -465,6 +481,23 @@ def test_a_database_that_is_locked(
 
         in_threads(2, change)
     assert store.find("a.test").tokens_before
+
+
+def test_another_file_in_its_place(store: Store, path: str, tmp_path: Path) -> None:
+    """Who has it open says so: what commands do there would have no effect here."""
+    device, secret = store.add("a.test")
+    os.rename(path, tmp_path / "away")
+    said = "another file is in its place, or none, since it was opened"
+    with pytest.raises(StoreError, match=said):
+        store.authenticate(device.id, secret)
+    # What isn't in the file yet isn't lost by somebody who begins a new one.
+    assert "it isn't there, and what belongs to it" in refusal(path)
+    Path(path).touch()
+    for attempt in (store.devices, lambda: store.rotate(device.id)):
+        with pytest.raises(StoreError, match=said):
+            attempt()
+    os.rename(tmp_path / "away", path)
+    assert store.authenticate(device.id, secret) is not None
 
 
 @settings(max_examples=60)
@@ -610,7 +643,7 @@ except StoreError as error:
     print(error)
 for _ in range(2):
     store.seen(kept[0][0], 1)
-    store._seen_written -= 60
+    store._write_seen()
 for device_id, secret in kept:  # reading goes on
     assert store.authenticate(device_id, secret)
 code, out, err = command()
