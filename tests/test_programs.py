@@ -182,15 +182,16 @@ def test_client_errors_of_the_network(
 
     server, port = relay(credentials)
     with server:
-        expired = Credentials(tmp_path, fernet_key=credentials.fernet_key, valid_s=-60)
+        expired = Credentials(tmp_path, fernet_key=credentials.fernet_key, valid_s=-6000)
         expired.at(f"127.0.0.1:{port}")
         code, said = once()
         assert code == 77
         assert "before it sent a challenge: it refuses the token, which has expired or" in said
-        server.wait_for(f"refused: the token for {HOSTNAME} expired 6")
-        foreign = Credentials(tmp_path)
-        foreign.at(f"127.0.0.1:{port}")
-        assert once()[0] == 77
+        server.wait_for(f"refused: the token for {HOSTNAME} expired 60")
+        # Elsewhere: the relay would take its key, once it sees that the file has changed.
+        (tmp_path / "foreign").mkdir()
+        foreign = Credentials(tmp_path / "foreign", server=f"127.0.0.1:{port}")
+        assert once("--token-file", foreign.ticket_file)[0] == 77
         wrong_key = Credentials(tmp_path, fernet_key=credentials.fernet_key)
         wrong_key.payload.aes_key = bytes(32)
         wrong_key.at(f"127.0.0.1:{port}")

@@ -225,14 +225,12 @@ def test_a_kept_ticket_serves_while_the_master_is_away(site: Site) -> None:
 def test_what_is_kept_and_does_not_count(
     site: Site, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if how == "expired":
-        site.master.age_s, site.master.life_s = 0.0, 2.0
     with site.client():
         wait_until(lambda: site.kept)
     kept, path = site.kept, site.state / "ticket.json"
-    site.master.life_s = 3600.0
     if how == "expired":
-        wait_until(lambda: time.time() > kept["ticket"]["valid"])
+        past = {**kept["ticket"], "valid": time.time() - 1}
+        path.write_text(json.dumps({**kept, "ticket": past}))
     elif how == "another master":
         path.write_text(json.dumps({**kept, "master": "https://other.example"}))
     elif how == "another device":

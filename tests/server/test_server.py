@@ -404,11 +404,13 @@ def test_a_renewed_token_lets_channels_live_on_until_the_former_one_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registration_module, "TAKEOVER_GRACE_S", 0.0)
+    monkeypatch.setattr(registration_module, "EXPIRY_CHECK_S", 0.1)
     renewed, other = tmp_path / "renewed", tmp_path / "other"
     for folder in (renewed, other):
         folder.mkdir()
-    with Services(tmp_path, device_id="a" * 16, valid_s=5) as services:
+    with Services(tmp_path, device_id="a" * 16) as services:
         key = services.credentials.fernet_key
+        (former,) = services.server.registrations
         with services.device("ECHO") as old, services.device("ECHO") as short:
             for device in (old, short):
                 device.exchange()
@@ -419,6 +421,7 @@ def test_a_renewed_token_lets_channels_live_on_until_the_former_one_ends(
                     old.exchange()
                 short.sock.close()
                 old.exchange()
+                former.payload.valid = time.time()
                 assert old.sock.recv(1) == b""  # the former token has expired
         with raw_client(following, services.port), services.device("ECHO"):
             wait_until(lambda: services.server.routes)
@@ -540,11 +543,11 @@ def test_a_token_that_expires_during_the_handshake_takes_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = Credentials(tmp_path)
-    short = Credentials(tmp_path, fernet_key=good.fernet_key, valid_s=0.7)
     with Server([good.fernet_key], ["127.0.0.1:0"]) as server:
         with raw_client(good, server.ports[0]):
             wait_until(lambda: names_of(server))
             route = server.routes[HOSTNAME]
+            short = Credentials(tmp_path, fernet_key=good.fernet_key, valid_s=1.0)
             with Raw(connect(server), short, is_relay=False) as late:
                 aes = load()
                 shake = ClientHandshake(late.cipher, aes, short.token)
