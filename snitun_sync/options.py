@@ -304,7 +304,9 @@ class Parser(argparse.ArgumentParser):
                 key = _key(action.dest)
                 in_file = f"{path}: [{self._section}] {key}", file.get(key, "")
                 self._settle(action, options, variables[action.dest], *in_file)
-        missing = [f"--{_key(name)}" for name in self._required if getattr(options, name) is None]
+        missing = [
+            f"--{_key(name)}" for name in self._required if getattr(options, name) in (None, "")
+        ]
         if missing:
             self.error(f"the following arguments are required: {', '.join(missing)}")
 

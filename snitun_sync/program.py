@@ -121,6 +121,12 @@ def read_secret(path: str | None, option: str) -> str:
     return text
 
 
+def check_certificates(path: str, option: str) -> None:
+    """See whether the file that `option` names, if any, has certificates: of those to trust."""
+    if path and "-----BEGIN CERT" not in read_text(path, option, is_secret=False):
+        raise ConfigurationError(f"{option}: {path} has no certificates (PEM)")
+
+
 def read_fernet_keys(path: str, option: str) -> list[str]:
     """Return the Fernet keys of a file, one a line. Raises ConfigurationError."""
     from .protocol.token import check_fernet_keys  # noqa: PLC0415  the client needs no hashlib

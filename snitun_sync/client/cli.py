@@ -41,6 +41,8 @@ CREDENTIALS_ENVIRONMENT = "CREDENTIALS_DIRECTORY"
 CREDENTIAL = "snitun-ticket"
 SECRET_CREDENTIAL = "snitun-device-secret"
 STATE_ENVIRONMENT = "STATE_DIRECTORY"  # StateDirectory=: one, or several with `:` between them
+# What goes with a bare Fernet token alone.
+BARE = ("aes_key_file", "aes_iv_file", "protocol_version", "cipher")
 
 DESCRIPTION = """\
 Keeps a tunnel to a relay, and brings what devices send there to a local service.
@@ -202,7 +204,7 @@ def _add_ticket(options: Parser) -> None:
 def find_ticket(options: Options) -> Ticket | None:
     """Return the ticket that the options give, None with --master. Raises ConfigurationError."""
     if options.master:
-        for name in ("token", "token_file", "aes_key_file", "aes_iv_file"):
+        for name in ("token", "token_file", *BARE):
             if getattr(options, name) is not None:
                 source = options.source(name)
                 raise UsageError(f"--master: {source} is there, too; expected one of them")
@@ -234,7 +236,7 @@ def find_ticket(options: Options) -> Ticket | None:
     text = text.strip()
     if is_token(text):
         return _bare(text, options)
-    for name in ("aes_key_file", "aes_iv_file", "protocol_version", "cipher"):
+    for name in BARE:
         if getattr(options, name) is not None:
             raise UsageError(
                 f"--{name.replace('_', '-')}: only with a bare Fernet token; a ticket has its own"
@@ -318,9 +320,11 @@ def _kept_ticket(options: Options) -> Ticket:
 
     settings = MasterSettings(*_of_master(options).values())
     ticket = settings.kept_ticket()
+    if not settings.state_dir:
+        raise UsageError("--master: a ticket from there is kept only with --state-dir")
     if ticket is None:
-        folder = settings.state_dir or "no --state-dir"
-        raise ConfigurationError(f"--state-dir: no ticket of this device is kept in {folder}")
+        said = f"no ticket of this device is kept in {settings.state_dir}"
+        raise ConfigurationError(f"--state-dir: {said}")
     return ticket
 
 

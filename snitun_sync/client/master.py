@@ -29,10 +29,10 @@ from ..net.fetch import Fetch
 from ..net.https import parse_url
 from ..net.loop import utc
 from ..net.sockets import reason
-from ..program import read_text
+from ..program import check_certificates, read_text
 from ..protocol.cipher import IV_SIZE, KEY_SIZE
-from ..protocol.device import parse_credential
-from ..protocol.names import parse_address
+from ..protocol.device import ID_CHARACTERS, is_device_id, parse_credential
+from ..protocol.names import parse_address, shown
 from ..protocol.ticket import RELAY_PORT, Ticket
 from .retry import FIRST_S, Retry, fraction
 
@@ -74,10 +74,12 @@ class MasterSettings:
         self.url = str(parse_url(url, "--master"))
         if not secret_file:
             raise UsageError("--master: only with --device-secret-file")
+        if device_id and not is_device_id(device_id):
+            expected = f"the id of a device: {ID_CHARACTERS} of a-z and 2-7"
+            raise UsageError(f"--device-id: {shown(device_id)}; expected {expected}")
         self._given_id, self.secret_file = device_id, secret_file
         self.device_id, _ = self.blocking_credential(is_first=True)
-        if ca_file and "-----BEGIN" not in read_text(ca_file, "--master-ca", is_secret=False):
-            raise ConfigurationError(f"--master-ca: {ca_file} has no certificates (PEM)")
+        check_certificates(ca_file, "--master-ca")
         self.ca_file, self.state_dir = ca_file, state_dir
 
     def __eq__(self, other: object) -> bool:

@@ -13,7 +13,7 @@ from ..options import SOURCES, Parser, duration_s
 from ..program import main, read_fernet_keys, say
 from ..protocol.aes import load
 from ..protocol.cipher import CIPHERS, IV_SIZE, KEY_SIZE
-from ..protocol.names import is_hostname, normal_hostname, parse_address, shown
+from ..protocol.names import dns_name, parse_address, shown
 from ..protocol.ticket import RELAY_PORT, Ticket
 from ..protocol.token import MAX_TEXT, Fernet, new_fernet_key
 from . import devices, serve
@@ -106,8 +106,8 @@ def make_ticket(options: Options, now: float) -> Ticket:
     parse_address(options.server, "--server", default_port=RELAY_PORT)
     keys = read_fernet_keys(options.fernet_key_file, options.source("fernet_key_file"))
     valid = int(now) + options.valid_for
-    hostname = _hostname(options.hostname, "--hostname")
-    aliases = [_hostname(alias, "--alias") for alias in options.alias]
+    hostname = dns_name(options.hostname, "--hostname")
+    aliases = [dns_name(alias, "--alias") for alias in options.alias]
     device = Device("", hostname, aliases)
     if options.database:
         device = _known_device(hostname, aliases, valid, options)
@@ -151,13 +151,6 @@ def _known_device(hostname: str, aliases: list[str], valid: float, options: Opti
                 f"--alias: device {device.id} has other names; see {PROGRAM} device rename --help"
             )
         return store.note_ticket(device.id, valid)
-
-
-def _hostname(text: str, option: str) -> str:
-    name = normal_hostname(text)
-    if not is_hostname(name):
-        raise UsageError(f"{option}: {shown(text)} is not a DNS name")
-    return name
 
 
 def _valid_for_s(text: str) -> int:

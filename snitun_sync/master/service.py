@@ -230,6 +230,7 @@ class Master(Service):
 def _network(text: str) -> Any:
     try:
         return ip_network(text)
-    except ValueError:
+    except ValueError as error:
+        found = shown(text) + ", which has host bits set" * ("host bits" in str(error))
         expected = "an address, or a network such as 203.0.113.0/24 or 2001:db8::/32"
-        raise UsageError(f"--proxy-protocol-from: {shown(text)}; expected {expected}") from None
+        raise UsageError(f"--proxy-protocol-from: {found}; expected {expected}") from None

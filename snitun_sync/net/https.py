@@ -12,7 +12,7 @@ import socket
 import time
 
 from ..errors import wrong_setting
-from ..protocol.names import normal_hostname, parse_address
+from ..protocol.names import normal_hostname, parse_address, shown
 from .dialing import blocking_dial
 from .loop import utc_time
 
@@ -66,9 +66,10 @@ def parse_url(text: str, option: str) -> Url:
     ConfigurationError; its text shows no user and no password.
     """
     expected = "expected https://HOST[:PORT][/PATH]"
-    match = re.fullmatch(r"([a-zA-Z]+)://([^/?#]*)(/[!-~]*)?", text)
+    match = re.fullmatch(r"([a-zA-Z]+)://([^/?#]*)([/?#][!-~]*)?", text)
     if match is None or match[1].lower() not in _PORTS:
-        raise wrong_setting(option, f"no such URL; {expected}")
+        found = "a URL of another kind" if set("@?#") & set(text) else shown(text)
+        raise wrong_setting(option, f"{found}; {expected}")
     scheme, place, path = match[1].lower(), match[2], match[3] or ""
     if "@" in place or set("?#") & set(path):
         raise wrong_setting(option, f"a URL with user, query or fragment; {expected}")

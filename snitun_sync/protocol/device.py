@@ -53,6 +53,8 @@ def parse_credential(text: str, device_id: str = "") -> tuple[str, str]:
     White space around it is allowed. Raises ConfigurationError, which shows nothing of it.
     """
     found_id, dot, secret = text.strip().rpartition(".")
+    if not secret:
+        raise ConfigurationError("no secret is in it; expected ID.SECRET")
     if not dot and not device_id:
         raise ConfigurationError("a secret without its device's id; expected ID.SECRET")
     if dot and not is_device_id(found_id):
@@ -62,7 +64,8 @@ def parse_credential(text: str, device_id: str = "") -> tuple[str, str]:
     if dot and device_id not in ("", found_id):
         raise ConfigurationError(f"the secret of device {found_id}; expected that of {device_id}")
     if secret_bytes(secret) is None:
-        raise ConfigurationError(
-            f"a secret of {len(secret)} characters; expected {SECRET_CHARACTERS} of URL-safe base64"
-        )
+        found = f"a secret of {len(secret)} characters"
+        if len(secret) == SECRET_CHARACTERS:
+            found = "a secret that isn't whole, or was changed"
+        raise ConfigurationError(f"{found}; expected {SECRET_CHARACTERS} of URL-safe base64")
     return found_id or device_id, secret

@@ -29,6 +29,18 @@ def is_hostname(text: str) -> bool:
     )
 
 
+def dns_name(text: str, name: str) -> str:
+    """Return a name that devices ask for, in normal form; an IP address is none (RFC 6066 §3).
+
+    `name` is where it comes from, for the error, as `parse_address` has it.
+    """
+    found = normal_hostname(text)
+    if not is_hostname(found) or found.rpartition(".")[2].isdigit():
+        expected = "labels of up to 63 characters, a-z, 0-9, - and _ (others as xn--…)"
+        raise wrong_setting(name, f"{shown(text)} is not a DNS name; expected {expected}")
+    return found
+
+
 def known_ip(address: bytes) -> bytes:
     """Return a packed IP address, one mapped into IPv6 as IPv4; b"" for zeros: it is unknown."""
     if address.startswith(IPV4_MAPPED):

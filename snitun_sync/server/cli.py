@@ -11,11 +11,11 @@ from ..errors import ConfigurationError
 from ..net.tuning import CHANNEL_IDLE_S, RELAY_BUDGET_BYTES
 from ..options import SOURCES, Parser, check_service
 from ..program import (
+    check_certificates,
     file_stamp,
     main,
     read_fernet_keys,
     read_secret,
-    read_text,
     run_service,
 )
 from .server import Server
@@ -117,8 +117,8 @@ def _run_relay(arguments: Sequence[str]) -> None:
         current, stamp = options, file_stamp(options.fernet_key_file)
 
         def make() -> Server:
-            if options.revocations_ca:  # read when it is needed; what is wrong is told at once
-                read_text(options.revocations_ca, "--revocations-ca", is_secret=False)
+            # Read when it is needed; what is wrong is told at once.
+            check_certificates(options.revocations_ca, "--revocations-ca")
             server = Server(
                 _keys(options),
                 options.listen,

@@ -21,7 +21,7 @@ from ..net.sockets import pack_ip, reset_on_close
 from ..net.tuning import DRAIN_S
 from ..net.workers import Workers
 from ..protocol.hello import ALERT_INTERNAL_ERROR
-from ..protocol.names import is_hostname, normal_hostname, parse_address, shown
+from ..protocol.names import dns_name, parse_address, shown
 from ..protocol.proxy_protocol import version_2
 
 TYPE_CHECKING = False
@@ -52,9 +52,9 @@ def parse_routes(texts: Sequence[str]) -> Parsed:
     routes: Parsed = {}
     for text in texts:
         name, separator, place = text.partition("=")
-        name = normal_hostname(name)
-        if not separator or not is_hostname(name):
+        if not separator or not name:
             raise UsageError(f"--route: {shown(text)}; expected NAME=HOST:PORT, with a DNS name")
+        name = dns_name(name, "--route")
         if name in routes:
             raise UsageError(f"--route: {name} is there twice")
         address = parse_address(place.removesuffix(PROXY_V2), "--route", can_be_unix=True)
@@ -73,14 +73,21 @@ class Routes:
             for name, (address, has_proxy) in parsed.items()
         }
         self.all: set[Passage] = set()
+        self.places: set[object] = set()
+        """This side's addresses of the connections that routes have opened."""
         self.buffer = memoryview(bytearray(PIECE_BYTES))
 
     def take(self, arrival: Arrival, hostname: str) -> bool:
         """Serve the device if a route has its name; `arrival` gives its socket away then."""
         route = self.by_name.get(hostname)
-        if route is not None:
+        if route is None:
+            return False
+        if (arrival.host, arrival.port) in self.places:
+            log.warning("the route %s leads back to this relay", route.name)
+            arrival.refuse(ALERT_INTERNAL_ERROR)
+        else:
             Passage(self, route, arrival)
-        return route is not None
+        return True
 
     def report(self) -> list[dict[str, Any]]:
         """Return what /status shows."""
@@ -231,6 +238,7 @@ class Passage:
         "_active_at",
         "_early_bytes",
         "_opened_at",
+        "_place",
         "_timer",
         "error",
         "name",
@@ -243,6 +251,10 @@ class Passage:
         """Connect on; the socket of `arrival` is the passage's now."""
         loop = routes.server.loop
         self.routes, self.route, self.name = routes, route, str(arrival)
+        routes.all.add(self)  # before the arrival's end: a relay that stops waits for one of them
+        self._place: object = None
+        routes.all.add(self)  # before the arrival's end: a relay that stops waits for one of them
+        self._place: object = None
         self.error: SniTunError | None = None
         device, target = self.sides = Side(self), Side(self)
         device.other, target.other = target, device
@@ -256,7 +268,6 @@ class Passage:
         loop.hand_over(arrival, device)
         arrival.close()
         loop.watch(device, 0)
-        routes.all.add(self)
         route.opened += 1
         self._opened_at = self._active_at = loop.now
         self._timer: Timer | None = None
@@ -284,6 +295,8 @@ class Passage:
         """Own the connected socket from now on."""
         device, target = self.sides
         target.sock, self.route.failure = sock, ""
+        self._place = sock.getsockname()[:2]
+        self.routes.places.add(self._place)
         device.carry()
         self.update()
 
@@ -344,6 +357,7 @@ class Passage:
         if self not in routes.all:
             return
         routes.all.discard(self)
+        routes.places.discard(self._place)
         route.endpoint.cancel(self)
         if self._timer is not None:
             self._timer.cancel()

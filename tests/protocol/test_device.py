@@ -50,11 +50,14 @@ def test_a_secret_is_written_in_one_way() -> None:
     ("text", "device_id", "said"),
     [
         (SECRET, "", "a secret without its device's id; expected ID.SECRET"),
-        ("", "", "a secret without its device's id"),
+        ("hello", "", "a secret without its device's id"),
+        ("", "", "no secret is in it; expected ID.SECRET"),
+        (f"{ID}.", "", "no secret is in it"),
+        (f"{ID}.{SECRET[1:]}!", "", "a secret that isn't whole, or was changed"),
         (f"home.{SECRET}", "", "no credential; expected ID.SECRET, an id of 16 characters"),
         (f"{ID}.{SECRET}", "b" * 16, f"the secret of device {ID}; expected that of {'b' * 16}"),
         (f"{ID}.{SECRET[1:]}", "", "a secret of 42 characters; expected 43 of URL-safe base64"),
-        ("", ID, "a secret of 0 characters; expected 43"),
+        ("", ID, "no secret is in it"),
     ],
 )
 def test_what_is_no_credential(text: str, device_id: str, said: str) -> None:

@@ -571,7 +571,7 @@ def test_figures_and_rows(master: Master) -> None:
     ("options", "words"),
     [
         ({"revocations": "http://master.example"}, "--revocations: http://"),
-        ({"revocations": "master.example"}, "--revocations: no such URL"),
+        ({"revocations": "master.example"}, "--revocations: 'master.example'; expected https"),
         ({"revocations_ca": "x"}, "--revocations-ca: only with --revocations"),
     ],
 )

@@ -34,6 +34,7 @@ from tests.support import (
     HungEndpoint,
     client_hello,
     download,
+    free_port,
     in_threads,
     module,
     pattern,
@@ -143,7 +144,8 @@ def test_routes_as_text() -> None:
     ("texts", "words"),
     [
         (["127.0.0.1:1"], "expected NAME=HOST:PORT"),
-        (["a b=127.0.0.1:1"], "expected NAME=HOST:PORT"),
+        (["a b=127.0.0.1:1"], "'a b' is not a DNS name"),
+        (["192.0.2.1=127.0.0.1:1"], "is not a DNS name"),
         (["a.example=127.0.0.1"], "no port"),
         (["a.example=127.0.0.1:1,proxy-v1"], "port"),
         (["a.example=unix:x"], "no absolute path"),
@@ -434,6 +436,40 @@ def test_a_target_that_does_not_answer(credentials: Credentials) -> None:
         routed.wait_until_free()
 
 
+def test_a_route_that_leads_back_to_the_relay(
+    credentials: Credentials, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = free_port()
+    routes = [f"{NAME}=127.0.0.1:{port}", f"v6.{NAME}=[::1]:{port}"]
+    listen = [f"127.0.0.1:{port}", f"[::1]:{port}"]
+    with Server([credentials.fernet_key], listen, routes=routes) as server:
+        for hostname in (NAME, f"v6.{NAME}"):
+            with Device(port, "x", hostname=hostname) as device:
+                assert all_of(device.sock) == ALERT_INTERNAL_ERROR
+            assert f"the route {hostname} leads back to this relay" in caplog.text
+        assert server.fixed_routes is not None
+        assert [route["opened"] for route in server.fixed_routes.report()] == [1, 1]
+        wait_until(lambda: not server.fixed_routes.all)
+        assert not server.fixed_routes.places
+
+
+def test_a_route_that_leads_back_to_the_relay(
+    credentials: Credentials, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = free_port()
+    routes = [f"{NAME}=127.0.0.1:{port}", f"v6.{NAME}=[::1]:{port}"]
+    listen = [f"127.0.0.1:{port}", f"[::1]:{port}"]
+    with Server([credentials.fernet_key], listen, routes=routes) as server:
+        for hostname in (NAME, f"v6.{NAME}"):
+            with Device(port, "x", hostname=hostname) as device:
+                assert all_of(device.sock) == ALERT_INTERNAL_ERROR
+            assert f"the route {hostname} leads back to this relay" in caplog.text
+        assert server.fixed_routes is not None
+        assert [route["opened"] for route in server.fixed_routes.report()] == [1, 1]
+        wait_until(lambda: not server.fixed_routes.all)
+        assert not server.fixed_routes.places
+
+
 def test_idle_connections_end(credentials: Credentials, endpoint: Endpoint) -> None:
     with Routed(credentials, endpoint.address, channel_idle_s=1) as routed:
         with routed.device("HANG") as device, pytest.raises(ConnectionResetError):
@@ -462,6 +498,22 @@ def test_a_defect_ends_one_connection_alone(
 
 
 # --- the program --------------------------------------------------------------------------
+
+
+def test_a_device_that_comes_as_the_relay_drains(
+    credentials: Credentials, endpoint: Endpoint
+) -> None:
+    with Routed(credentials, endpoint.address) as routed:
+        hello = client_hello(NAME)
+        with socket.create_connection(("127.0.0.1", routed.port), WAIT_S) as sock:
+            sock.sendall(hello[:100])
+            wait_until(lambda: any(arrival.received for arrival in routed.server.arrivals))
+            end = threading.Thread(target=routed.server.stop, args=(WAIT_S,))
+            end.start()
+            wait_until(lambda: routed.server.ready() == "stopping")
+            sock.sendall(hello[100:] + b"SOURCE 100000\n")
+            assert all_of(sock) == pattern(0, 100000)
+        end.join(WAIT_S)
 
 
 def test_figures_and_two_ways_to_stop(credentials: Credentials, endpoint: Endpoint) -> None:
