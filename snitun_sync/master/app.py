@@ -76,7 +76,8 @@ class App:
     ) -> None:
         """`relays`: where clients find one, best first, HOST[:PORT].
 
-        `admin_token`: what who asks for /metrics must know; with "" they come from this machine.
+        `admin_token`: what who asks for /metrics must know; with "" they come from this machine,
+        without TLS.
         Raises ConfigurationError, StoreError.
         """
         self.store, self.keys = store, keys
@@ -276,7 +277,8 @@ class App:
                 said = "expected Authorization: Bearer, and the token of --admin-token-file"
                 raise RefusalError(401, said, ("WWW-Authenticate", "Bearer"))
         elif not is_local(environ):
-            raise RefusalError(403, "only from this machine; for others, see --admin-token-file")
+            said = "only from this machine, without TLS; for others, see --admin-token-file"
+            raise RefusalError(403, said)
         from ..net.openmetrics import CONTENT_TYPE  # noqa: PLC0415  few ask
         from .metrics import exposition  # noqa: PLC0415
 

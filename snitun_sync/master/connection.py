@@ -24,6 +24,7 @@ from ..net.tuning import DRAIN_S
 from ..protocol.http_head import END, parse_head
 from ..protocol.proxy_protocol import read_header
 from ..protocol.wsgi_environ import new_environ
+from .limits import network
 from .request import BODY_BYTES, RefusalError
 
 TYPE_CHECKING = False
@@ -64,6 +65,7 @@ class Connection(Handler):
         "_unsent",
         "_was_told",
         "can_give_way",
+        "network",
         "peer",
         "source",
     )
@@ -75,6 +77,8 @@ class Connection(Handler):
         """The address of who has connected: a client or a proxy."""
         self.source = ""
         """The client's address; "" until the PROXY header is there, where one is expected."""
+        self.network = network(self.peer)
+        """Where it comes from, as limits have it."""
         self.can_give_way = True
         """Nobody waits for an answer that is under way."""
         self._received = bytearray()
@@ -87,11 +91,10 @@ class Connection(Handler):
         self._unsent = memoryview(b"")
         self._is_over = False  # there is nothing more to be sent
         self._timer: Timer | None = None
-        if not master.make_room():
+        if not master.take_in(self):
             sock.close()
             self.sock = None
             return
-        master.connections[self] = None
         self._timer = master.loop.call_later(REQUEST_S, self._overdue)
         if not master.expects_header(self.peer):
             self.source = self.peer
@@ -156,6 +159,7 @@ class Connection(Handler):
             return
         size, source, _ = header
         self.source = unpack_ip(source) if source else self.peer
+        self._master.comes_from(self, self.source)
         rest = bytes(self._received[size:])
         self._received.clear()
         self._secure()

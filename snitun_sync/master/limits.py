@@ -40,7 +40,7 @@ class Failures:
 
         `address` is an IP address as text; `device_id` is "" where none was named.
         """
-        place, now = _network(address), self._clock()
+        place, now = network(address), self._clock()
         with self._lock:
             wait_s = 0.0
             if device_id:
@@ -71,7 +71,7 @@ class Failures:
         return max(0.0, wait_s)
 
 
-def _network(address: str) -> str:
+def network(address: str) -> str:
     """Return what counts as one: of IPv6 the first 64 bits, which one household has."""
     if ":" not in address:
         return address

@@ -105,8 +105,12 @@ def wait_seconds(query: str) -> float:
 
 
 def is_local(environ: Environ) -> bool:
-    """Tell whether a request comes from this machine, and from nobody else by a proxy."""
+    """Tell whether a request comes from this machine, and from nobody else by a proxy.
+
+    With TLS it may be anybody's: a relay's route brings it, from its own address.
+    """
     address = environ.get("REMOTE_ADDR", "").replace("::ffff:", "")
     passed_on = ("HTTP_FORWARDED", "HTTP_X_FORWARDED_FOR", "HTTP_VIA")
     is_loopback = address == "::1" or address.startswith("127.")
-    return is_loopback and not any(name in environ for name in passed_on)
+    is_direct = environ["wsgi.url_scheme"] == "http"
+    return is_loopback and is_direct and not any(name in environ for name in passed_on)

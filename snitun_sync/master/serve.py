@@ -54,7 +54,7 @@ def add_parser(commands: Commands) -> None:
         (),
         action="append",
     )
-    text = "who asks for /metrics must know what is in there (default: asks from this machine)"
+    text = "who asks for /metrics must know what is in there (default: asks here, without TLS)"
     serve.add("--admin-token-file FILE", text)
     serve.add(f"--{CHECK}", "check all settings and files, print the settings, and exit")
     serve.add_common()

@@ -19,6 +19,7 @@ from ..net.tuning import LEAST_BUDGET_BYTES
 from ..net.workers import Workers
 from ..protocol.names import parse_address, shown
 from .connection import HEAD_BYTES, Connection
+from .limits import network
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
     from ..tls import Certificate, Loaded
     from .app import App
 
-# More than this, and the oldest that hasn't sent its request yet has to go.
-CONNECTIONS = 1024
+# More than this, and somebody who has many has to close one, else the oldest that hasn't sent its
+# request yet.
+CONNECTIONS, MANY = 1024, 128
 ACCEPTS_AT_ONCE = 16
 APP_THREADS, APP_WAITING = 32, 1024
 # The signatures of handshakes: by OpenSSL, which lets other threads run.
@@ -69,6 +71,7 @@ class Master(Service):
         self.port = 0
         """What is listened on once it is open."""
         self.connections: dict[Connection, None] = {}  # the oldest first
+        self._counts: dict[str, int] = {}  # of them, by the network that they come from
         self.workers = Workers(self.loop, APP_THREADS, waiting=APP_WAITING, idle_s=IDLE_S)
         self.handshakers = Workers(self.loop, HANDSHAKE_THREADS, waiting=CONNECTIONS, idle_s=IDLE_S)
         self.buffer = memoryview(bytearray(HEAD_BYTES))
@@ -139,7 +142,8 @@ class Master(Service):
 
     def connection_closed(self, connection: Connection) -> None:
         """A connection has ended."""
-        self.connections.pop(connection, None)
+        del self.connections[connection]
+        self._count(connection.network, -1)
         self._stop_if_done()
 
     def expects_header(self, address: str) -> bool:
@@ -149,14 +153,33 @@ class Master(Service):
         ip: Any = ip_address(address.partition("%")[0])
         return any(ip in network for network in self._proxies)
 
-    def make_room(self) -> bool:
-        """Close the oldest connection that may be, if there are too many; return success."""
+    def take_in(self, connection: Connection) -> bool:
+        """Count a connection, for which another one may have to go; return whether it may stay."""
         if len(self.connections) >= CONNECTIONS:
-            oldest = next((one for one in self.connections if one.can_give_way), None)
-            if oldest is None:
+            idle = (one for one in self.connections if one.can_give_way)
+            if self._counts.get(connection.network, 0) > MANY:
+                idle = (one for one in idle if one.network == connection.network)
+                leaving = next(idle, None)
+            else:
+                many = (one for one in self.connections if self._counts[one.network] > MANY)
+                leaving = next(many, None) or next(idle, None)
+            if leaving is None:
                 return False
-            oldest.end("others need its place")
+            leaving.end("others need its place")
+        self.connections[connection] = None
+        self._count(connection.network, 1)
         return True
+
+    def comes_from(self, connection: Connection, address: str) -> None:
+        """A connection has told the address that it comes from."""
+        self._count(connection.network, -1)
+        connection.network = network(address)
+        self._count(connection.network, 1)
+
+    def _count(self, network: str, change: int) -> None:
+        self._counts[network] = self._counts.get(network, 0) + change
+        if not self._counts[network]:
+            del self._counts[network]
 
     # --- files that change -----------------------------------------------------------
 

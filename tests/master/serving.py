@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 KEYS = {"aes_key": "ab" * 32, "aes_iv": "CD" * 16}
+ADMIN_TOKEN = "who watches"
 ALICE, BOB = "alice.example.com", "bob.example.com"
 
 
@@ -33,6 +34,7 @@ class Serving:
         self.alice, self.alices = self.store.add(ALICE, ["also.example.com"], throttling=7)
         self.bob, self.bobs = self.store.add(BOB, cipher="aes-gcm", protocol_version=1)
         self.write(self.key_file, new_fernet_key(os.urandom))
+        self.write(folder / "admin.token", ADMIN_TOKEN)
         self.authority = trustme.CA()
         self.leaf = self.renew()
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -42,6 +44,7 @@ class Serving:
             *("--database", self.database, "--fernet-key-file", self.key_file),
             *("--relay", "relay.example.com", "--relay", "other.example.com:8443"),
             *("--listen", "127.0.0.1:0", "--log-level", "debug"),
+            *("--admin-token-file", folder / "admin.token"),
             *(("--tls-cert", self.certificate) if has_tls else ()),
             *arguments,
         )
@@ -111,6 +114,10 @@ class Serving:
         credential = credential or f"{self.alice.id}.{self.alices}"
         options = {"body": KEYS, **options}
         return self.ask("/v1/token", method="POST", credential=credential, **options)
+
+    def metrics(self) -> bytes:
+        """Ask how it goes."""
+        return self.ask("/metrics", credential=ADMIN_TOKEN).body
 
 
 class Answer:

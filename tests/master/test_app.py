@@ -473,6 +473,9 @@ def test_metrics_are_for_this_machine_or_who_has_the_token(caller: Caller) -> No
     for header in ("HTTP_FORWARDED", "HTTP_X_FORWARDED_FOR", "HTTP_VIA"):
         more: dict[str, Any] = {"REMOTE_ADDR": "127.0.0.1", header: "x"}
         assert caller.call("/metrics", **more)[0] == 403
+    # By a relay's route it may be anybody who comes from here.
+    more = {"REMOTE_ADDR": "127.0.0.1", "wsgi.url_scheme": "https"}
+    assert caller.call("/metrics", **more)[0] == 403
     for address in ("127.0.0.1", "::1", "::ffff:127.0.0.1"):
         status, headers, data = caller.call("/metrics", REMOTE_ADDR=address)
         assert status == 200
