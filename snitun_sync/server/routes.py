@@ -253,8 +253,6 @@ class Passage:
         self.routes, self.route, self.name = routes, route, str(arrival)
         routes.all.add(self)  # before the arrival's end: a relay that stops waits for one of them
         self._place: object = None
-        routes.all.add(self)  # before the arrival's end: a relay that stops waits for one of them
-        self._place: object = None
         self.error: SniTunError | None = None
         device, target = self.sides = Side(self), Side(self)
         device.other, target.other = target, device
