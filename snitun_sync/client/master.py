@@ -29,6 +29,7 @@ from ..net.fetch import Fetch
 from ..net.https import parse_url
 from ..net.loop import utc
 from ..net.sockets import reason
+from ..net.state import blocking_save
 from ..program import check_certificates, read_text
 from ..protocol.cipher import IV_SIZE, KEY_SIZE
 from ..protocol.device import ID_CHARACTERS, is_device_id, parse_credential
@@ -207,7 +208,9 @@ class Master:
     def begin(self) -> None:
         """Begin with the ticket that is kept, if it counts."""
         try:
-            ticket = self.settings.kept_ticket()
+            ticket = self._kept = self.settings.kept_ticket()
+            if ticket is not None:
+                self._client.check_cipher(ticket)
         except ConfigurationError as error:
             log.warning("%s; asking the session master", error)
             return
@@ -334,6 +337,7 @@ class Master:
             self._failed(failure)
             return
         self.answered_at, self.failure, self.is_revoked = time.time(), "", False
+        self._not_before = 0.0
         self._retry.reset()
         self._take(ticket, life_s, life_s * _share())
         text = "the session master gave a ticket for %s, valid until %s UTC"
@@ -416,12 +420,15 @@ class Master:
         """Write the file on a worker thread, one after the other; "" removes it."""
         self._keep_next = text
         if not self._is_keeping:
+            self._is_keeping = True
             self._keep_now()
 
     def _keep_now(self) -> None:
-        text, self._keep_next = self._keep_next, None
-        job = partial(_blocking_keep, self.settings, text or "")
-        self._is_keeping = self._workers.submit(job, self._has_kept)
+        job = partial(_blocking_keep, self.settings, self._keep_next or "")
+        if self._workers.submit(job, self._has_kept):
+            self._keep_next = None
+        else:  # all threads are busy
+            self._client.loop.call_later(FIRST_S, self._keep_now)
 
     def _has_kept(self, _: None, error: Exception | None) -> None:
         self._is_keeping = False
@@ -429,7 +436,8 @@ class Master:
             folder = self.settings.state_dir
             log.warning("--state-dir: the ticket can't be kept in %s: %s", folder, reason(error))
         self._has_complained = error is not None
-        if self._keep_next is not None:
+        self._is_keeping = self._keep_next is not None
+        if self._is_keeping:
             self._keep_now()
 
 
@@ -450,20 +458,7 @@ def _blocking_ask(settings: MasterSettings, fetch: Fetch) -> Found:
 def _blocking_keep(settings: MasterSettings, text: str) -> None:
     """Replace the kept ticket as a whole, or remove it. Raises OSError."""
     path = os.path.join(settings.state_dir, KEPT_NAME)
-    if not text:
-        if os.path.exists(path):
-            os.unlink(path)
-        return
-    os.makedirs(settings.state_dir, 0o700, exist_ok=True)
-    # Not the process's id: what a crash leaves is overwritten. Another client has another name.
-    new = f"{path}.{settings.device_id}"
-    try:
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except OSError:
-        if os.path.exists(new):
-            os.unlink(new)
-        raise
+    if text:
+        blocking_save(path, text)
+    elif os.path.exists(path):
+        os.unlink(path)

@@ -103,9 +103,10 @@ class Fetch:
         package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         folder, name = os.path.split(package)
         # Not for `site`: its folders may hold much, and the child needs none of it.
-        arguments = [sys.executable, "-S", "-c", _CODE.format(name), folder]
-        requests, answers = os.pipe(), os.pipe()
-        open_fds, pid = {*requests, *answers}, 0
+        flags = ("-S", "-E") if sys.flags.ignore_environment else ("-S",)
+        arguments = [sys.executable, *flags, "-c", _CODE.format(name), folder]
+        open_fds: list[int] = []
+        pid = 0
 
         def close(*fds: int) -> None:
             for fd in fds:
@@ -113,6 +114,9 @@ class Fetch:
                 os.close(fd)
 
         try:
+            open_fds += os.pipe()
+            open_fds += os.pipe()
+            child_input, requests, answers, child_output = open_fds
             with self._lock:
                 if self._is_cancelled:
                     return b""
@@ -121,18 +125,18 @@ class Fetch:
                     arguments,
                     os.environ,
                     file_actions=[
-                        (os.POSIX_SPAWN_DUP2, requests[0], 0),
-                        (os.POSIX_SPAWN_DUP2, answers[1], 1),
+                        (os.POSIX_SPAWN_DUP2, child_input, 0),
+                        (os.POSIX_SPAWN_DUP2, child_output, 1),
                     ],
                     setpgroup=0,  # the terminal's Ctrl-C is for the client alone
                 )
-            close(requests[0], answers[1])
+            close(child_input, child_output)
             try:
-                os.write(requests[1], request)  # a pipe takes 64 KiB at once
+                os.write(requests, request)  # a pipe takes 64 KiB at once
             except BrokenPipeError:
                 pass  # it couldn't even start
-            close(requests[1])
-            return _blocking_read(answers[0])
+            close(requests)
+            return _blocking_read(answers)
         finally:
             close(*open_fds)
             if pid:

@@ -113,7 +113,8 @@ def blocking_request(
     deadline = time.monotonic() + timeout_s
     context = _context(ca_file, url.option) if url.scheme == "https" else None
     try:
-        sock = blocking_dial(url.address, timeout_s, proxy)
+        # http:// goes to this very machine, which isn't the one that a proxy would take for it.
+        sock = blocking_dial(url.address, timeout_s, proxy if context is not None else None)
         try:
             if context is not None:
                 name = url.address.host.partition("%")[0].rstrip(".")

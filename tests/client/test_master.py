@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from snitun_sync.client.client import ClientState
 from snitun_sync.client.master import Master
 from snitun_sync.client.retry import REFUSALS, Retry
 from snitun_sync.client.settings import Settings
-from snitun_sync.errors import ConfigurationError, RevokedError, UsageError
+from snitun_sync.errors import ConfigurationError, DeadLinkError, RevokedError, UsageError
 from snitun_sync.protocol.device import new_id, new_secret
 from snitun_sync.protocol.frame import REVOKED
 from snitun_sync.protocol.ticket import Ticket
@@ -255,7 +256,7 @@ def test_a_folder_that_keeps_nothing_is_a_warning(
         folder.touch()
     elif how == "full":
         folder.mkdir()
-        (folder / f"ticket.json.{site.master.device_id}").symlink_to("/dev/full")
+        (folder / "ticket.json.new").symlink_to("/dev/full")
     else:
         folder = Path("/proc/none")
     with site.client(state_dir=str(folder)) as client:
@@ -428,6 +429,39 @@ def test_odd_answers_are_failures_that_say_what_is_wrong(site: Site, quick: None
         site.exchange()
 
 
+def test_a_kept_ticket_whose_cipher_this_machine_lacks(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its packages have changed."""
+    site.master.cipher = "aes-gcm-siv"
+    with site.client():
+        wait_until(lambda: site.kept)
+    site.master.cipher = "aes-cbc"
+
+    def check(_: Client, ticket: Ticket) -> None:
+        if ticket.cipher == "aes-gcm-siv":
+            raise ConfigurationError("aes-gcm-siv needs cryptography")
+
+    monkeypatch.setattr(Client, "check_cipher", check)
+    with site.client() as client:
+        assert client.ticket is not None
+        assert client.ticket.cipher == "aes-cbc"
+    assert "needs cryptography; asking the session master" in caplog.text
+
+
+def test_what_was_kept_is_deleted_once_a_thread_is_free(site: Site) -> None:
+    go_on = threading.Event()
+    with site.client() as client:
+        wait_until(lambda: site.kept)
+        wait_until(lambda: not master_of(client)._is_keeping)
+        while client._workers.submit(go_on.wait, lambda *_: None):
+            pass
+        client.loop.call_soon_threadsafe(master_of(client)._forget)
+        wait_until(lambda: master_of(client)._is_keeping)
+        go_on.set()
+        wait_until(lambda: not site.kept)
+
+
 def test_a_cipher_that_this_machine_lacks(
     site: Site, monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:
@@ -449,6 +483,20 @@ def test_retry_after_is_honoured(site: Site, quick: None, status: int) -> None:
         client.loop.call_soon_threadsafe(client._network_changed)
         assert len(site.master.requests) == 1
         assert client.state is ClientState.WAITING
+
+
+def test_a_time_to_wait_is_over_with_the_next_ticket(site: Site, quick: None) -> None:
+    site.master.cipher = "aes-gcm"
+    site.master.reply = saying(503, {"Retry-After": "3600"})
+    with site.client(up=False) as client:
+        wait_until(lambda: client.retry_at)
+        site.master.reply = lambda usual: usual
+        client.reconfigure(site.settings())  # as SIGHUP does: at once
+        assert client.wait_until_up(WAIT_S)
+        tunnel = client.tunnel
+        assert tunnel is not None
+        client.loop.call_soon_threadsafe(tunnel.end, DeadLinkError("gone"))
+        wait_until(lambda: client.proven == 2)
 
 
 def test_a_wrong_secret_is_a_refusal_and_the_file_is_read_again(site: Site, quick: None) -> None:

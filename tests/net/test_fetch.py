@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -142,6 +144,26 @@ def test_a_request_that_is_cancelled_and_whose_secrets_nobody_sees() -> None:
         fetch.blocking_run(HEADERS)
 
 
+@pytest.mark.parametrize("left", [0, 1, 2, 3, 4])
+def test_descriptors_that_are_used_up(left: int) -> None:
+    """What could be opened is closed again; `nothing_is_left` sees that."""
+    limits, taken = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        for fd in taken[:left]:
+            os.close(fd)
+        del taken[:left]
+        with pytest.raises(OSError, match="Too many open files" if left < 4 else "refused|many"):
+            post("http://127.0.0.1:1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in taken:
+            os.close(fd)
+
+
 @pytest.mark.parametrize("how", ["no descriptors", "no children"])
 def test_odd_surroundings(how: str) -> None:
     """Standard input and output are closed; or the program around reaps children by itself."""
@@ -182,8 +204,11 @@ print(Fetch(sys.argv[1], "--master", "/x", "{{}}").blocking_run({{}})["status"])
         )
         assert done.stdout == "200\n"
         command[1:1] = ["-I"]  # so that the parent itself takes none of them
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-        assert done.stdout == "200\n"
+        for folder in ({}, {"PYTHONPATH": str(tmp_path)}):
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=True, cwd=tmp_path, env=folder
+            )
+            assert done.stdout == "200\n"
     child = "import sys; import snitun_sync.net.fetch, snitun_sync.net.https; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", child], capture_output=True, text=True, check=True, cwd=PROJECT

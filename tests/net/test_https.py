@@ -231,6 +231,16 @@ def test_a_request_through_a_proxy(server: int, ca_file: str) -> None:
             limit_bytes=LIMIT,
         )
         assert (answer.status, proxy.targets) == (200, [f"localhost:{server}"])
+        # Without TLS to this machine alone, and not to the proxy's.
+        with answering(saying(b"HTTP/1.1 200 OK\r\n\r\n")) as port:
+            blocking_request(
+                parse_url(f"http://localhost:{port}", OPTION),
+                "/",
+                proxy=parse_proxy(f"http://{proxy.address}"),
+                timeout_s=WAIT_S,
+                limit_bytes=LIMIT,
+            )
+        assert len(proxy.targets) == 1
 
 
 # --- certificates -----------------------------------------------------------------------
