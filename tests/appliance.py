@@ -25,8 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import trustme
 from proxyprotocol.v2 import ProxyProtocolV2
-from websockets.exceptions import ConnectionClosed
-from websockets.sync.server import ServerConnection, serve
 
 from snitun_sync.protocol.names import parse_address
 from snitun_sync.status_command import ask
@@ -46,6 +44,8 @@ from tests.support import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from websockets.sync.server import ServerConnection
 
 DOMAIN = "example.test"
 
@@ -141,6 +141,8 @@ window.load = async count => {
 
 def echo(connection: ServerConnection) -> None:
     """A service with a WebSocket that stays open."""
+    from websockets.exceptions import ConnectionClosed
+
     try:
         for message in connection:
             connection.send(message)
@@ -220,6 +222,8 @@ class Appliance:
 @contextlib.contextmanager
 def appliance(folder: Path) -> Iterator[Appliance]:
     """Run the programs that serve, with their files in `folder`."""
+    from websockets.sync.server import serve  # the package's own tests go without it
+
     nginx, haproxy = find("nginx"), find("haproxy")
     for name in ("www", "nginx/file"):
         (folder / name).mkdir(parents=True)
