@@ -227,7 +227,7 @@ class Server(Service):
     def _begin_drain(self) -> bool:
         for listener in self._listeners:
             listener.finish()  # who waits in the queue came before the end
-        if self.follower is not None:
+        if self.follower is not None and self.fixed_routes is not None:
             self.follower.close()  # its poll may come by a route of this very relay
         return True
 

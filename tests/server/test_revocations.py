@@ -265,6 +265,28 @@ def test_a_revoked_tunnel_is_cut_with_its_devices(
         assert not is_refused(other, server)
 
 
+def test_a_former_tunnel_is_cut_as_well_by_a_relay_that_drains(
+    master: Master, known: Known
+) -> None:
+    with following(master) as server, connected(known, server) as former:
+        with Device(server.ports[0]) as device:
+            device.sock.sendall(client_hello())
+            assert former.receive_flow(frame.NEW)
+            with connected(known, server) as raw:
+                wait_until(lambda: server.takeovers == 1)
+                end = threading.Thread(target=server.stop, args=(3600,))
+                end.start()
+                wait_until(server.ready)
+                assert len(server.bridges.all) == 1
+                master.revoke(known.device_id)
+                former.wait_for_end()
+                raw.wait_for_end()
+            with pytest.raises(ConnectionResetError):
+                device.sock.recv(1)
+            end.join(WAIT_S)
+        assert figures(server)["cut_tunnels"] == 2
+
+
 def test_the_token_made_after_rotate_in_the_same_second_counts(
     master: Master, known: Known
 ) -> None:
