@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 AUDIT_LINES, MAX_AUDIT_LINES = 50, 1_000_000
 SHOWN_AUDIT_LINES = 10
 NONE = "-"
+DATE = len("2026-01-01")
 
 ADD = """\
 Adds a device and prints ID.SECRET, the file that its client takes. This is the only time
@@ -142,10 +143,11 @@ def _list(store: Store, options: Options) -> None:
     if options.json:
         say(json.dumps([_object(device) for device in devices], indent=1))
         return
-    table = [["id", "hostname", "added", "seen", "revoked", "aliases"]]
+    # Names come last: they may be long, and there may be many.
+    table = [["id", "added", "seen", "revoked", "names"]]
     for device in devices:
-        times = map(_time, (device.created, device.last_seen, device.revoked))
-        table.append([device.id, device.hostname, *times, ", ".join(device.aliases) or NONE])
+        added, seen, revoked = map(_time, (device.created, device.last_seen, device.revoked))
+        table.append([device.id, added[:DATE], seen, revoked[:DATE], _names(device)])
     _say_table(table)
 
 
@@ -205,8 +207,8 @@ def _audit(store: Store, options: Options) -> None:
     if options.json:
         say(json.dumps(_audit_objects(lines), indent=1))
     else:
-        table = [("time", "device", "hostname", "what")]
-        _say_table([*table, *((_time(line[0]), *line[1:]) for line in lines)])
+        table = [("time", "device", "what")]
+        _say_table([*table, *((_time(line[0]), line[1], ": ".join(line[2:])) for line in lines)])
 
 
 def _audited_id(store: Store, text: str | None) -> str:

@@ -681,6 +681,7 @@ def test_fields_metrics_and_table_have_the_master(site: Site) -> None:
         ({"device_secret_file": ""}, "--master: only with --device-secret-file"),
         ({"device_secret_file": "/none"}, "--device-secret-file: can't read /none"),
         ({"device_id": "abcdefghijklmnop"}, "--device-secret-file: .*: the secret of device"),
+        ({"device_id": "home.example"}, "--device-id: 'home.example'; expected the id of a device"),
         ({"master_ca": "/none"}, "--master-ca: can't read /none"),
         ({"master_ca": "/dev/null"}, "--master-ca: /dev/null has no certificates"),
         ({"ticket": "st1.x"}, "TicketError|the ticket"),
