@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import itertools
-import json
 import logging
 import threading
 import time
@@ -24,12 +23,16 @@ from ..protocol.ticket import RELAY_PORT
 from .keys import Keys
 from .limits import Failures
 from .request import (
+    JSON,
+    NO_STORE,
     RefusalError,
     credential,
     hex_field,
     is_local,
+    json_bytes,
     json_object,
     read_body,
+    refusal,
     wait_seconds,
 )
 from .store import Store
@@ -41,10 +44,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..options import Options
-
-    Environ = dict[str, Any]
-    Headers = list[tuple[str, str]]
-    Answer = tuple[int, Headers, bytes]
+    from .request import Answer, Environ
 
 SHORTEST_TTL_S, LONGEST_TTL_S = 60, 30 * 86400
 # Requests for the list that wait for a change of it; others are answered at once.
@@ -55,9 +55,6 @@ RETRY_AFTER_S = 5
 # How long our own server keeps the answer to a guess.
 HOLD_S = 1.0
 COMPLAIN_EACH_S = 60.0
-
-_JSON = ("Content-Type", "application/json")
-_NO_STORE = ("Cache-Control", "no-store")
 
 log = logging.getLogger("snitun_sync")
 
@@ -138,14 +135,14 @@ class App:
             self.keys.look()
             status, headers, body = page(environ)
         except RefusalError as error:
-            status, headers, body = _refusal(error.status, str(error), *error.headers)
+            status, headers, body = refusal(error.status, str(error), *error.headers)
         except StoreError as error:
             self._complain(error)
             retry = ("Retry-After", str(RETRY_AFTER_S))
-            status, headers, body = _refusal(503, "the database can't be used", retry)
+            status, headers, body = refusal(503, "the database can't be used", retry)
         except Exception:
             log.exception("defect in the answer to %s", path)
-            status, headers, body = _refusal(500, "a defect; the log has more")
+            status, headers, body = refusal(500, "a defect; the log has more")
         headers.append(("Content-Length", str(len(body))))
         with self._lock:
             key = path if page is not None else "other", status
@@ -198,7 +195,7 @@ class App:
         # One that asks again and again doesn't fill the log.
         level = logging.INFO if self.store.seen(device.id, now) else logging.DEBUG
         log.log(level, "%s: device %s, %s: a token for it", address, device.id, device.hostname)
-        return 200, [_JSON, _NO_STORE], _json(answer)
+        return 200, [JSON, NO_STORE], json_bytes(answer)
 
     def _failed(self, environ: Environ, address: str, device_id: str, what: str) -> RefusalError:
         wait_s = self._failures.add(address, device_id, what)
@@ -266,7 +263,7 @@ class App:
     def _healthz(self, environ: Environ) -> Answer:
         """GET /healthz."""
         self.store.serial()
-        return 200, [_JSON, _NO_STORE], _json({"status": "ok"})
+        return 200, [JSON, NO_STORE], json_bytes({"status": "ok"})
 
     def _metrics(self, environ: Environ) -> Answer:
         """GET /metrics."""
@@ -285,7 +282,7 @@ class App:
         with self._lock:
             answers, waiting = dict(self._answers), self._waiting
         text = exposition(self.store, answers, waiting, self.keys)
-        return 200, [("Content-Type", CONTENT_TYPE), _NO_STORE], text.encode()
+        return 200, [("Content-Type", CONTENT_TYPE), NO_STORE], text.encode()
 
 
 def make_app(options: Options) -> App:
@@ -303,14 +300,6 @@ def make_app(options: Options) -> App:
     except BaseException:
         store.close()
         raise
-
-
-def _json(fields: dict[str, Any]) -> bytes:
-    return json.dumps(fields).encode() + b"\n"
-
-
-def _refusal(status: int, message: str, *headers: tuple[str, str]) -> Answer:
-    return status, [_JSON, _NO_STORE, *headers], _json({"message": message})
 
 
 # --- for other WSGI servers ------------------------------------------------------------

@@ -9,13 +9,13 @@ for a request that is whole. A connection carries one request.
 from __future__ import annotations
 
 import io
-import json
 import logging
 import re
 import socket
+import time
 from functools import partial
 from http import HTTPStatus
-from wsgiref.handlers import SimpleHandler
+from wsgiref.handlers import format_date_time
 
 from ..errors import ChannelError, ViolationError
 from ..net.loop import READ, WRITE, Handler
@@ -25,7 +25,7 @@ from ..protocol.http_head import END, parse_head
 from ..protocol.proxy_protocol import read_header
 from ..protocol.wsgi_environ import new_environ
 from .limits import network
-from .request import BODY_BYTES, RefusalError
+from .request import BODY_BYTES, RefusalError, refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ..protocol.wsgi_environ import Environ
     from ..tls import TlsStream
     from .app import App
+    from .request import Headers
     from .service import Master
 
 HEAD_BYTES = 16 * 1024
@@ -242,9 +243,9 @@ class Connection(Handler):
         environ["wsgi.input"] = io.BytesIO(self._received[: self._length])
         self._received.clear()
         self._wait_for_answer()
-        blocking = partial(_Gateway(environ).answer, self._master.app)
+        blocking = partial(_blocking_answer, self._master.app, environ)
         if not self._master.workers.submit(blocking, self._answered):
-            self._refuse(503, "too many requests wait", "Retry-After: 1\r\n")
+            self._refuse(503, "too many requests wait", ("Retry-After", "1"))
 
     def _read_head(self) -> bool:
         """Read the head, once it is whole; return whether it is."""
@@ -280,38 +281,35 @@ class Connection(Handler):
 
     # --- what goes out ---------------------------------------------------------------
 
-    def _answered(self, gateway: _Gateway | None, error: Exception | None) -> None:
+    def _answered(
+        self, found: tuple[list[memoryview], float] | None, error: Exception | None
+    ) -> None:
         if self.sock is None:
             return
-        if gateway is None:
+        if found is None:
             log.error("defect in the application", exc_info=error)
             self._refuse(500, "a defect; the log has more")
             return
-        start = partial(self._start, [memoryview(part) for part in gateway.parts if part])
-        if gateway.hold_s:
+        answer, hold_s = found
+        if hold_s:
             self.can_give_way = True
-            self._timer = self._master.loop.call_later(gateway.hold_s, start)
+            start = partial(self._start, answer)
+            self._timer = self._master.loop.call_later(hold_s, start)
         else:
-            start()
+            self._start(answer)
 
-    def _refuse(self, status: int, message: str, more: str = "") -> None:
+    def _refuse(self, status: int, message: str, *more: tuple[str, str]) -> None:
         """Answer in place of the application: the request can't be given to it."""
         log.debug("%s: %d, %s", self.source, status, message)
-        body = json.dumps({"message": message}) + "\n"
-        head = (
-            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
-            "Content-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\n"
-            f"{more}"
-            "Cache-Control: no-store\r\n"
-            "Connection: close\r\n\r\n"
-        )
+        _, headers, body = refusal(status, message, *more)
+        headers.append(("Content-Length", str(len(body))))
+        head = _head(f"{status} {HTTPStatus(status).phrase}", headers)
         is_head = self._received.startswith(b"HEAD ") or (
             self._environ is not None and self._environ["REQUEST_METHOD"] == "HEAD"
         )
         self._received.clear()
         self._wait_for_answer()
-        self._start([memoryview((head if is_head else head + body).encode())])
+        self._start([memoryview(head if is_head else head + body)])
 
     def _start(self, answer: list[memoryview]) -> None:
         """Begin to send the answer."""
@@ -370,38 +368,17 @@ class Connection(Handler):
             self.end(str(error))
 
 
-class _Gateway(SimpleHandler):
-    """Runs the application on a thread, and keeps its answer."""
+def _blocking_answer(app: App, environ: Environ) -> tuple[list[memoryview], float]:
+    """Run the application on a worker thread; return its answer, and how long to keep it back."""
+    hold_s: list[float] = []
+    environ["snitun.hold"] = hold_s.append
+    heads: list[bytes] = []
+    parts = app(environ, lambda status, headers: heads.append(_head(status, headers)))
+    return [memoryview(part) for part in (*heads, *parts) if part], sum(hold_s)
 
-    http_version = "1.1"
-    server_software = "snitun-master"
-    os_environ: dict[str, str] = {}
 
-    def __init__(self, environ: Environ) -> None:
-        self.parts: list[bytes] = []
-        self.hold_s = 0.0
-        """How long the answer is to be kept back."""
-        environ["snitun.hold"] = self._hold
-        super().__init__(environ["wsgi.input"], io.BytesIO(), environ["wsgi.errors"], environ)
-
-    def answer(self, app: App) -> _Gateway:
-        """Run the application; return this."""
-        self.run(app)
-        return self
-
-    def _hold(self, seconds: float) -> None:
-        self.hold_s = seconds
-
-    def get_scheme(self) -> str:
-        scheme: str = self.base_env["wsgi.url_scheme"]
-        return scheme
-
-    def send_preamble(self) -> None:
-        super().send_preamble()
-        self._write(b"Connection: close\r\n")
-
-    def _write(self, data: bytes) -> None:
-        self.parts.append(data)
-
-    def _flush(self) -> None:
-        pass
+def _head(status: str, headers: Headers) -> bytes:
+    """Return an answer's head, with what it must say besides."""
+    more = [("Date", format_date_time(time.time())), ("Connection", "close")]
+    lines = (f"{name}: {value}" for name, value in (*headers, *more))
+    return "\r\n".join((f"HTTP/1.1 {status}", *lines, "", "")).encode("latin-1")

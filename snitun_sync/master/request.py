@@ -15,9 +15,14 @@ if TYPE_CHECKING:
     from typing import Any
 
     Environ = dict[str, Any]
+    Headers = list[tuple[str, str]]
+    Answer = tuple[int, Headers, bytes]
 
 BODY_BYTES = 16 * 1024
 LONGEST_WAIT_S = 60
+
+JSON = ("Content-Type", "application/json")
+NO_STORE = ("Cache-Control", "no-store")
 
 _LENGTH = re.compile(r"[0-9]{1,9}")
 _HEX = re.compile(r"[0-9a-fA-F]*")
@@ -29,6 +34,16 @@ class RefusalError(Exception):
     def __init__(self, status: int, message: str, *headers: tuple[str, str]) -> None:
         super().__init__(message)
         self.status, self.headers = status, headers
+
+
+def json_bytes(fields: dict[str, Any]) -> bytes:
+    """Return the body of an answer."""
+    return json.dumps(fields).encode() + b"\n"
+
+
+def refusal(status: int, message: str, *headers: tuple[str, str]) -> Answer:
+    """Return the answer to what is refused."""
+    return status, [JSON, NO_STORE, *headers], json_bytes({"message": message})
 
 
 def read_body(environ: Environ) -> bytes:

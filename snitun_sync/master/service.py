@@ -185,7 +185,7 @@ class Master(Service):
 
     def _look_at_keys(self) -> None:
         self.loop.call_later(LOOK_S, self._look_at_keys)
-        self.app.keys.look()
+        self.handshakers.submit(self.app.keys.look, lambda _, error: None)
 
     def _look_at_certificate(self) -> None:
         certificate = self.certificate
