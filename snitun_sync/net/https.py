@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .proxy import Proxy
 
 _PORTS = {"https": 443, "http": 80}
+AROUND_BYTES = 128 * 1024  # a head, and what is read ahead
 # OpenSSL's reasons why it doesn't trust a certificate: x509_vfy.h, X509_V_ERR_…
 _NOT_YET_VALID, _EXPIRED = 9, 10
 _UNKNOWN_ISSUERS = (18, 19, 20, 21)
@@ -123,7 +124,7 @@ def blocking_request(
                 )
             if opened is not None:
                 opened(sock)
-            timed = _Timed(sock, deadline)
+            timed = _Timed(sock, deadline, limit_bytes)
             if isinstance(sock, ssl.SSLSocket):
                 timed.ready().do_handshake()  # type: ignore[attr-defined]
             timed.send_all(_request(url, method, url.path + path or "/", headers or {}, body))
@@ -140,7 +141,7 @@ def blocking_request(
         reason = f"TLS failed: {text.lower().replace('_', ' ')}"
     except OSError as error:
         reason = error.strerror or str(error)
-    except http.client.HTTPException as error:
+    except (http.client.HTTPException, ValueError) as error:  # ValueError: a chunk of -5 bytes
         reason = f"its answer is no HTTP, or was cut short ({type(error).__name__})"
     raise ConnectionError(f"{url.authority}: {reason}")
 
@@ -148,11 +149,13 @@ def blocking_request(
 class _Timed(io.RawIOBase):
     """What http.client needs of a socket, all of it over at a deadline.
 
-    A socket's own time limit is that of one call: a byte a second would go on for ever.
+    A socket's own time limit is that of one call: a byte a second would go on for ever. And
+    for http.client a chunk of -1 bytes is all that comes, however much that is.
     """
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
+    def __init__(self, sock: socket.socket, deadline: float, limit_bytes: int) -> None:
         self._sock, self._deadline = sock, deadline
+        self._limit_bytes, self._left_bytes = limit_bytes, 2 * limit_bytes + AROUND_BYTES
 
     def ready(self) -> socket.socket:
         """Return the socket for one call that may take the time that is left."""
@@ -173,7 +176,11 @@ class _Timed(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        return self.ready().recv_into(buffer)
+        size = self.ready().recv_into(buffer)
+        self._left_bytes -= size
+        if self._left_bytes < 0:
+            raise OSError(f"an answer of more than {self._limit_bytes} bytes")
+        return size
 
 
 def _blocking_answer(response: HTTPResponse, limit_bytes: int) -> Answer:

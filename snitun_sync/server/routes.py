@@ -263,6 +263,7 @@ class Passage:
             device.first = header + device.first
         self._early_bytes = 0
         self.early(len(device.first))
+        routes.all.add(self)  # before the arrival's end: a relay that stops waits for one of them
         loop.hand_over(arrival, device)
         arrival.close()
         loop.watch(device, 0)

@@ -29,8 +29,9 @@ def children() -> set[str]:
     """Return the processes that are this one's, zombies as well."""
     found = set()
     for task in os.listdir("/proc/self/task"):
-        with open(f"/proc/self/task/{task}/children", encoding="ascii") as file:
-            found.update(file.read().split())
+        # A thread may have ended meanwhile: its children are another one's.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.update(Path(f"/proc/self/task/{task}/children").read_text("ascii").split())
     return found
 
 
