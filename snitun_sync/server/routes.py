@@ -251,7 +251,6 @@ class Passage:
         """Connect on; the socket of `arrival` is the passage's now."""
         loop = routes.server.loop
         self.routes, self.route, self.name = routes, route, str(arrival)
-        routes.all.add(self)  # before the arrival's end: a relay that stops waits for one of them
         self._place: object = None
         self.error: SniTunError | None = None
         device, target = self.sides = Side(self), Side(self)
