@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from functools import cache, partial
+from stat import S_ISREG
 
 from .errors import (
     AuthenticationError,
@@ -276,9 +277,15 @@ class _OutputError(Exception):
         self.is_closed = isinstance(error, BrokenPipeError)
 
 
-def say(text: str) -> None:
-    """Print `text` at once; where standard output doesn't take it, that ends the program."""
+def say(text: str, *, is_secret: bool = False) -> None:
+    """Print `text` at once; where standard output doesn't take it, that ends the program.
+
+    A secret that goes into a file that others may read is worth a warning.
+    """
     try:
+        mode = os.fstat(sys.stdout.fileno()).st_mode if is_secret and sys.stdout else 0
+        if S_ISREG(mode) and mode & 0o004:
+            log.warning("standard output: its file can be read by everybody: chmod 600 it")
         print(text, flush=True)
     except OSError as error:
         # Don't complain once more at exit.

@@ -170,7 +170,7 @@ def run(arguments: Sequence[str]) -> None:
     """Print what the arguments ask for. Raises SniTunError."""
     with parser().read(arguments) as options:
         if options.command == "new-key":
-            say(new_fernet_key(os.urandom))
+            say(new_fernet_key(os.urandom), is_secret=True)
             return
         if options.command in ("device", "audit"):
             devices.run(options)
@@ -179,7 +179,7 @@ def run(arguments: Sequence[str]) -> None:
             serve.run(options, lambda former: parser().read(arguments, former))
             return
         ticket = make_ticket(options, time.time())
-        say(ticket.to_json() if options.json else ticket.to_line())
+        say(ticket.to_json() if options.json else ticket.to_line(), is_secret=True)
 
 
 def console() -> int:

@@ -240,9 +240,8 @@ def _say_secret(device: Device, secret: str, options: Options) -> None:
     if sys.stdout is None:
         raise OSError("standard output: it is closed")
     if options.json:
-        say(json.dumps({**_object(device), "credential": credential}))
-    else:
-        say(credential)
+        credential = json.dumps({**_object(device), "credential": credential})
+    say(credential, is_secret=True)
 
 
 def _tell(text: str) -> None:

@@ -271,7 +271,7 @@ class Store:
     def note_token_ttl(self, seconds: float) -> None:
         """Tokens that live so long are about to be made: entries are to outlive them."""
         with self._reading() as database:
-            if _number(database, "token_ttl") >= seconds:
+            if _number(database, "token_ttl") >= int(seconds):
                 return  # a full disk is no reason not to serve
         with self._change() as (database, _):
             database.execute(

@@ -188,6 +188,25 @@ def test_who_gets_no_secret_is_not_added(database: str) -> None:
     assert device("rotate", "a.test").startswith(device_id)
 
 
+def test_a_secret_in_a_file_that_others_may_read(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    for mode, count in ((0o600, 0), (0o644, 1)):
+        secret.touch()
+        secret.chmod(mode)
+        with secret.open("w") as file:
+            for command in (["new-key"], ["device", "add", f"a{count}.test"]):
+                done = subprocess.run(
+                    [sys.executable, "-m", "snitun_sync.master", *command],
+                    stdout=file,
+                    stderr=subprocess.PIPE,
+                    cwd=PROJECT,
+                    text=True,
+                    check=True,
+                )
+                assert done.stderr.count("can be read by everybody: chmod 600 it") == count
+        assert secret.read_text()
+
+
 def test_nobody_reads_the_words_for_people(database: str) -> None:
     for number, where in enumerate(("2>&-", "2>/dev/full")):
         done = shell(f"MASTER device add {number}.test {where}")
