@@ -184,7 +184,7 @@ def test_the_examples_with_curl(tmp_path: Path) -> None:
 def test_the_commands_for_keys_and_a_backup(tmp_path: Path) -> None:
     keys, backup = (
         next(text for text in examples("docs/master.md") if text.startswith(first))
-        for first in ("snitun-master new-key > new.key", "python3 -c")
+        for first in ("cp -p fernet.key", "python3 -c")
     )
     path = f"{programs(tmp_path / 'bin', tmp_path)}:{os.environ['PATH']}"
 

@@ -330,8 +330,9 @@ class Master:
         self._fetch = None
         try:
             if found is None:
-                said = f"can't ask the session master {self.settings.url}: {reason(error)}"
-                raise MasterError(said)
+                place = self.settings.url
+                said = reason(error).removeprefix(f"{place.split('/')[2]}: ")
+                raise MasterError(f"can't ask the session master {place}: {said}")
             ticket, life_s = self._ticket_of(fields, *found)
         except SniTunError as failure:
             self._failed(failure)
@@ -369,6 +370,8 @@ class Master:
             self._note_status(status, answer["retry_after"], device_id)
             said = str(found.get("message") or "").replace(secret, "[secret]")[:MAX_SAID]
             text = f"the session master {master} answers {status}" + (said and f": {said!r}")
+            if status == 401:
+                text += f"; the secret is that of {self.settings.secret_file}"
             if 300 <= status < 400:
                 text += "; it leads elsewhere, which isn't followed: is its URL right?"
             raise (DeniedError if status in (401, 403) else MasterError)(text)

@@ -106,8 +106,8 @@ class App:
             parse_address(relay, "--relay", default_port=RELAY_PORT)
         if not SHORTEST_TTL_S <= token_ttl_s <= LONGEST_TTL_S:
             raise UsageError(
-                f"--token-ttl: {token_ttl_s:g} seconds; expected {SHORTEST_TTL_S} to "
-                f"{LONGEST_TTL_S}"
+                f"--token-ttl: {token_ttl_s:.0f} seconds; expected {SHORTEST_TTL_S} to "
+                f"{LONGEST_TTL_S}, 30 days"
             )
         if token_ttl_s != self._token_ttl_s:
             self.store.note_token_ttl(token_ttl_s)
@@ -202,7 +202,7 @@ class App:
         if not wait_s:
             return RefusalError(
                 401,
-                "expected Authorization: Bearer ID.SECRET, of a device that is there",
+                "no such device, or not its secret; expected Authorization: Bearer ID.SECRET",
                 ("WWW-Authenticate", "Bearer"),
             )
         hold = environ.get("snitun.hold")

@@ -41,7 +41,7 @@ class Keys:
         self.fernet, self.newest = Fernet(keys, self._aes), keys[0]
         self._taken = self._seen = stamp
         self.failure = ""
-        log.info("%s: %d Fernet keys count", self._path, len(keys))
+        log.info("Fernet keys in %s: %d", self._path, len(keys))
 
     def look(self) -> None:
         """Read the file if it has changed, and stays as it is. Who uses the keys calls this."""

@@ -501,7 +501,8 @@ class Tunnel(Handler):
             return RefusedError(f"{how} before it answered the challenge")
         return RefusedError(
             f"{how} before it sent a challenge: it refuses the token, "
-            "which has expired or is signed with a Fernet key that the relay doesn't have"
+            "which has expired, was revoked, or is signed with a Fernet key that the relay doesn't "
+            "have"
         )
 
     # --- back-pressure -------------------------------------------------------------

@@ -164,7 +164,8 @@ class Follower:
             latest = List(text, Revocations.read(text, keys), answer.headers.get("etag", ""))
             serials = latest.revocations.serial, known.revocations.serial if known else 0
             if serials[0] < serials[1]:
-                raise TokenError(f"an older list: serial {serials[0]}, and {serials[1]} is known")
+                said = f"serial {serials[0]}, and {serials[1]} is known"
+                raise TokenError(f"an older list: {said}; was its database restored?")
         else:
             raise MasterError(f"{self.url.authority}: it answered with status {answer.status}")
         if self._path and latest.text != self._saved:

@@ -226,7 +226,7 @@ def test_refused_before_the_challenge(relay: RawRelay, endpoint: Endpoint) -> No
         relay.accept().close()
         error = ended(client)
     assert isinstance(error, RefusedError)
-    assert "it refuses the token, which has expired or is signed with" in str(error)
+    assert "it refuses the token, which has expired, was revoked, or is signed with" in str(error)
     assert relay.credentials.token[:20] not in str(error)
 
 
