@@ -11,7 +11,8 @@ def blocking_save(path: str, text: str) -> None:
     The folder is made where there is none. For worker threads: it waits for the disk.
     """
     folder = os.path.dirname(path)
-    os.makedirs(folder or ".", 0o700, exist_ok=True)
+    if folder and not os.path.exists(folder):
+        os.makedirs(folder, 0o700, exist_ok=True)
     half = f"{path}.new"
     try:
         with open(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
