@@ -29,6 +29,7 @@ from snitun_sync.protocol.ticket import Ticket
 from snitun_sync.protocol.token import new_fernet_key
 from snitun_sync.server import Server
 from tests.masters import Masters
+from tests.net.test_fetch import children
 from tests.services import ConnectProxy, refusing_port
 from tests.stub_master import AUTHORITY, Reply, StubMaster
 from tests.support import (
@@ -538,13 +539,6 @@ def test_a_clock_that_is_wrong_is_named(site: Site, days: tuple[int, int]) -> No
 
 @pytest.mark.parametrize("how", ["stop", "drain", "another ticket"])
 def test_an_end_while_the_master_is_asked(site: Site, how: str, child: None) -> None:
-    def children() -> str:
-        found = ""
-        for task in Path("/proc/self/task").iterdir():
-            with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
-                found += (task / "children").read_text()
-        return found
-
     before = children()
     site.master.go_on.clear()
     with site.client(up=False) as client:
