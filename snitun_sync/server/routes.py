@@ -74,7 +74,7 @@ class Routes:
         }
         self.all: set[Passage] = set()
         self.places: set[object] = set()
-        """This side's addresses of the connections that routes have opened."""
+        """What routes have connected: this side's address, and the other one's port."""
         self.buffer = memoryview(bytearray(PIECE_BYTES))
 
     def take(self, arrival: Arrival, hostname: str) -> bool:
@@ -82,7 +82,8 @@ class Routes:
         route = self.by_name.get(hostname)
         if route is None:
             return False
-        if (arrival.host, arrival.port) in self.places:
+        assert arrival.sock is not None
+        if (arrival.host, arrival.port, arrival.sock.getsockname()[1]) in self.places:
             log.warning("the route %s leads back to this relay", route.name)
             arrival.refuse(ALERT_INTERNAL_ERROR)
         else:
@@ -293,7 +294,7 @@ class Passage:
         """Own the connected socket from now on."""
         device, target = self.sides
         target.sock, self.route.failure = sock, ""
-        self._place = sock.getsockname()[:2]
+        self._place = (*sock.getsockname()[:2], self.route.endpoint.address.port)
         self.routes.places.add(self._place)
         device.carry()
         self.update()
