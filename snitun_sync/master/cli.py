@@ -43,8 +43,10 @@ EPILOG = f"""\
 
 exit codes (sysexits.h):
    0  done
-  64  an option is wrong, or no such device
+  64  an option is wrong, there is no such device, or another one has the name
   66  a file can't be read
+  69  `serve`: --listen can't be listened on
+  70  a defect of this program
   74  standard output can't be written, or the database can't be used
   78  a file's content, or a setting, is wrong"""
 
