@@ -352,8 +352,8 @@ class Client(Serving):
             )
         if not self.settings.exit_on_refusal:
             return None
-        if isinstance(error, DeniedError) and self.master is not None and self.master.is_revoked:
-            return error  # that is no accident
+        if self.master is not None and self.master.is_revoked:  # that is no accident
+            return DeniedError(self.master.failure)
         if self.retry.is_refused:
             return RefusedError(f"refused {REFUSALS} times in a row: {error}")
         return None

@@ -22,7 +22,13 @@ from snitun_sync.client.client import ClientState
 from snitun_sync.client.master import Master
 from snitun_sync.client.retry import REFUSALS, Retry
 from snitun_sync.client.settings import Settings
-from snitun_sync.errors import ConfigurationError, DeadLinkError, RevokedError, UsageError
+from snitun_sync.errors import (
+    ConfigurationError,
+    DeadLinkError,
+    DeniedError,
+    RevokedError,
+    UsageError,
+)
 from snitun_sync.protocol.device import new_id, new_secret
 from snitun_sync.protocol.frame import REVOKED
 from snitun_sync.protocol.ticket import Ticket
@@ -484,6 +490,19 @@ def test_retry_after_is_honoured(site: Site, quick: None, status: int) -> None:
         client.loop.call_soon_threadsafe(client._network_changed)
         assert len(site.master.requests) == 1
         assert client.state is ClientState.WAITING
+
+
+def test_a_denied_renewal_and_the_end_of_the_tunnel(site: Site) -> None:
+    with site.client(exit_on_refusal=True) as client:
+        site.master.reply = saying(403)
+        renew(client)
+        wait_until(lambda: master_of(client).is_revoked)
+        site.exchange()
+        tunnel = client.tunnel
+        assert tunnel is not None
+        client.loop.call_soon_threadsafe(tunnel.end, DeadLinkError("gone"))
+        with pytest.raises(DeniedError, match="answers 403"):
+            client.wait(WAIT_S)
 
 
 def test_a_time_to_wait_is_over_with_the_next_ticket(site: Site, quick: None) -> None:
