@@ -186,7 +186,7 @@ def test_client_errors_of_the_network(
         expired.at(f"127.0.0.1:{port}")
         code, said = once()
         assert code == 77
-        assert "before it sent a challenge: it refuses the token, which has expired or" in said
+        assert "before it sent a challenge: it refuses the token, which has expired, was" in said
         server.wait_for(f"refused: the token for {HOSTNAME} expired 60")
         # Elsewhere: the relay would take its key, once it sees that the file has changed.
         (tmp_path / "foreign").mkdir()
