@@ -347,6 +347,11 @@ class Master:
 
     def _take(self, ticket: Ticket, left_s: float, renew_in_s: float) -> None:
         self.ticket, self._server_at = ticket, 0
+        if self._proven is not None and self._client._serving is not None:
+            # A renewal stays where the tunnel is, if it may: devices may have found that address.
+            former, at = self._proven[0].servers, self._proven[2]
+            if (server := former[at % len(former)]) in ticket.servers:
+                self._server_at = ticket.servers.index(server)
         self._can_serve, self._ends_at = True, self._client.loop.now + left_s
         self._schedule(max(LEAST_RENEWAL_S, renew_in_s))
 

@@ -386,6 +386,15 @@ def test_the_next_server_after_a_failure(site: Site, quick: None) -> None:
             assert client.attempts == 1
 
 
+def test_a_renewal_stays_at_the_relay_that_serves(site: Site) -> None:
+    with refusing_port() as port, site.client() as client:
+        site.master.servers = [f"127.0.0.1:{port}", site.address]
+        renew(client)
+        wait_until(lambda: client.proven == 2)
+        assert client.attempts == 2
+        site.exchange()
+
+
 # --- the master's answers -----------------------------------------------------------------------
 
 
