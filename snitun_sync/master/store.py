@@ -43,6 +43,8 @@ LEAD_S = 5
 # Entries outlive the tokens that they refuse: a relay's clock may be behind.
 SLACK_S = 60
 SEEN_PERIOD_S, SEEN_BUSY_S = 5.0, 1.0
+# On the loop, and so before the watchdog of the service manager comes (30 s).
+TTL_BUSY_S = 10.0
 COMPLAINT_PERIOD_S = 60.0
 
 SCHEMA = """
@@ -67,7 +69,7 @@ _DEVICE = """SELECT id, hostname, aliases, throttling, cipher, protocol_version,
 _DAMAGED = "it is damaged; put a copy in its place"
 # What SQLite says, and what it means; Python 3.9 has no codes for errors.
 _REASONS = {
-    "locked": f"another process has locked it for {BUSY_S:.0f} s",
+    "locked": "another process has locked it for too long",
     "is full": "no space is left on its disk",
     "readonly": "it can't be written",
     "not a database": "it is no database of SQLite",
@@ -273,7 +275,7 @@ class Store:
         with self._reading() as database:
             if _number(database, "token_ttl") >= int(seconds):
                 return  # a full disk is no reason not to serve
-        with self._change() as (database, _):
+        with self._change(TTL_BUSY_S) as (database, _):
             database.execute(
                 "UPDATE number SET value = max(value, ?) WHERE name = 'token_ttl'", [int(seconds)]
             )
