@@ -2,8 +2,9 @@
 
 `http.client` and `ssl` take 9 MiB, which Python wouldn't give back, and a client asks its session
 master once or twice a day. Request and answer are JSON in pipes: secrets are in no argument
-and in no environment. The child imports this module and what it needs below `net` and
-`protocol`, nothing of the client.
+and in no environment. The pipe of the request stays open, so that the child sees the end of a
+client that was killed. It imports this module and what it needs below `net` and `protocol`,
+nothing of the client.
 """
 
 from __future__ import annotations
@@ -132,10 +133,9 @@ class Fetch:
                 )
             close(child_input, child_output)
             try:
-                os.write(requests, request)  # a pipe takes 64 KiB at once
+                os.write(requests, request + b"\n")  # a pipe takes 64 KiB at once
             except BrokenPipeError:
                 pass  # it couldn't even start
-            close(requests)
             return _blocking_read(answers)
         finally:
             close(*open_fds)
@@ -198,8 +198,15 @@ def _blocking_answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The child: the request comes from standard input, the answer goes to standard output."""
+    """The child: a line of standard input is the request, standard output gets the answer."""
     import json  # noqa: PLC0415
 
-    answer = _blocking_answer(json.loads(sys.stdin.buffer.read()))
-    sys.stdout.write(json.dumps(answer))
+    request = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_blocking_end, daemon=True).start()
+    sys.stdout.write(json.dumps(_blocking_answer(request)))
+
+
+def _blocking_end() -> None:
+    """End this process when standard input ends: the client has gone, nobody waits any more."""
+    os.read(0, 1)
+    os._exit(1)

@@ -86,7 +86,7 @@ def test_failures_are_said_in_one_line(tmp_path: Path) -> None:
     [
         (None, "No such file or directory"),
         ("exit 1", "gave no answer"),
-        ("cat; echo", "gave no answer"),
+        ("head -n 1", "gave no answer"),
         ("exec >&-; exec sleep 1000", "gave no answer"),
         ("exec yes", "more than"),
         ("exec sleep 1000", "no answer within 0.5 s"),
@@ -143,6 +143,31 @@ def test_a_request_that_is_cancelled_and_whose_secrets_nobody_sees() -> None:
     assert len(errors) == 1
     with pytest.raises(OSError, match="no answer"):
         fetch.blocking_run(HEADERS)
+
+
+def test_the_child_of_a_client_that_was_killed() -> None:
+    """It doesn't go on until its own time limit."""
+    asked, left = threading.Event(), threading.Event()
+
+    def serve(sock: Any) -> None:
+        head(sock)
+        asked.set()
+        sock.settimeout(fetch_module.REQUEST_S / 2)
+        if not sock.recv(1):
+            left.set()
+
+    code = f"""
+import sys
+sys.path.insert(0, {str(PROJECT)!r})
+from snitun_sync.net.fetch import Fetch
+Fetch(sys.argv[1], "--master", "/x", "{{}}").blocking_run({{}})
+"""
+    with answering(serve) as port:
+        command = [sys.executable, "-c", code, f"http://127.0.0.1:{port}"]
+        with subprocess.Popen(command) as client:
+            assert asked.wait(WAIT_S)
+            client.kill()
+            assert left.wait(WAIT_S)
 
 
 @pytest.mark.parametrize("left", [0, 1, 2, 3, 4])
