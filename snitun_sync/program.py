@@ -58,6 +58,7 @@ _EXIT_CODES = (
 )
 
 MAX_SECRET_BYTES = 65536
+MAX_CERTIFICATES_BYTES = 1024 * 1024  # those of all known authorities are 300 KiB
 SHORTEST_SECRET = 16
 STATUS_CHARACTERS = 512  # a message of 4096 bytes or more is ignored by systemd
 # Objects allocated before the collector looks for cycles among the young ones: connections
@@ -67,11 +68,13 @@ COLLECT_AFTER = 10_000
 log = logging.getLogger("snitun_sync")
 
 
-def read_bytes(path: str, option: str, *, is_secret: bool = True) -> bytes:
+def read_bytes(
+    path: str, option: str, *, is_secret: bool = True, limit_bytes: int = MAX_SECRET_BYTES
+) -> bytes:
     """Return what is in the file that `option` names; "-" is standard input.
 
-    What came from there is kept, for when settings are read again. Raises UnreadableError. A
-    secret that others may read is worth a warning.
+    What came from there is kept, for when settings are read again. Raises UnreadableError, also
+    for more than `limit_bytes`. A secret that others may read is worth a warning.
     """
     try:
         if path == "-":
@@ -80,16 +83,15 @@ def read_bytes(path: str, option: str, *, is_secret: bool = True) -> bytes:
             data = _standard_input(option)
         else:
             with open(path, "rb") as file:
-                data = file.read(MAX_SECRET_BYTES + 1)
+                data = file.read(limit_bytes + 1)
                 mode = os.fstat(file.fileno()).st_mode
             if is_secret and mode & 0o004:
                 log.warning("%s: %s can be read by everybody: chmod 600 it", option, path)
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         reason = getattr(error, "strerror", None) or error
         raise UnreadableError(f"{option}: can't read {path}: {reason}") from None
-    if len(data) > MAX_SECRET_BYTES:
-        name = _name(path)
-        raise UnreadableError(f"{option}: {name} has more than {MAX_SECRET_BYTES} bytes")
+    if len(data) > limit_bytes:
+        raise UnreadableError(f"{option}: {_name(path)} has more than {limit_bytes} bytes")
     return data
 
 
@@ -123,9 +125,36 @@ def read_secret(path: str | None, option: str) -> str:
 
 
 def check_certificates(path: str, option: str) -> None:
-    """See whether the file that `option` names, if any, has certificates: of those to trust."""
-    if path and "-----BEGIN CERT" not in read_text(path, option, is_secret=False):
+    """See whether the file that `option` names, if any, has certificates, whole ones: to trust.
+
+    It is read by whoever uses them, too. Only OpenSSL knows all that they may have wrong, and
+    would stay in memory.
+    """
+    if not path:
+        return
+    if path == "-":
+        raise UsageError(f"{option}: standard input; expected a file, to be read again")
+    data = read_bytes(path, option, is_secret=False, limit_bytes=MAX_CERTIFICATES_BYTES)
+    blocks = data.split(b"-----BEGIN CERTIFICATE-----")[1:]
+    if not blocks:
         raise ConfigurationError(f"{option}: {path} has no certificates (PEM)")
+    for number, block in enumerate(blocks, 1):
+        if not _is_whole(block.partition(b"-----END CERTIFICATE-----")[0]):
+            said = f"certificate {number} of {len(blocks)} in {path} is malformed"
+            raise ConfigurationError(f"{option}: {said}; expected PEM, whole")
+
+
+def _is_whole(block: bytes) -> bool:
+    """Tell whether that is one value of DER in base64: X.690, 8.1, a sequence with its size."""
+    import binascii  # noqa: PLC0415  few have such files
+
+    try:
+        value = binascii.a2b_base64(block)
+        kind, octets = value[0], value[1] & 0x7F  # those of the size, which isn't below 128
+    except (ValueError, IndexError):
+        return False
+    start = 2 + octets
+    return kind == 0x30 and len(value) - start == int.from_bytes(value[2:start], "big")
 
 
 def read_fernet_keys(path: str, option: str) -> list[str]:

@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import re
+import ssl
 import subprocess
 import sys
 import threading
@@ -27,8 +28,10 @@ from snitun_sync.errors import (
     DeadLinkError,
     DeniedError,
     RevokedError,
+    UnreadableError,
     UsageError,
 )
+from snitun_sync.program import MAX_CERTIFICATES_BYTES, check_certificates
 from snitun_sync.protocol.device import new_id, new_secret
 from snitun_sync.protocol.frame import REVOKED
 from snitun_sync.protocol.ticket import Ticket
@@ -709,12 +712,40 @@ def test_fields_metrics_and_table_have_the_master(site: Site) -> None:
         ({"device_id": "home.example"}, "--device-id: 'home.example'; expected the id of a device"),
         ({"master_ca": "/none"}, "--master-ca: can't read /none"),
         ({"master_ca": "/dev/null"}, "--master-ca: /dev/null has no certificates"),
+        ({"master_ca": "-"}, "--master-ca: standard input; expected a file"),
         ({"ticket": "st1.x"}, "TicketError|the ticket"),
     ],
 )
 def test_settings_that_are_wrong(site: Site, options: dict[str, str], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         Client(**{**site.master.options, **options})
+
+
+def test_files_of_certificates_to_trust(tmp_path: Path) -> None:
+    """What isn't whole is refused, and nothing that OpenSSL takes."""
+    path, whole = tmp_path / "ca.pem", AUTHORITY.cert_pem.bytes()
+    begin, end = b"-----BEGIN CERTIFICATE-----\n", b"-----END CERTIFICATE-----\n"
+    for data in (whole, whole.replace(b"\n", b"\r\n"), b"# \xff\n" + whole * 100, whole[:-1]):
+        path.write_bytes(data)
+        check_certificates(str(path), "--master-ca")
+        ssl.create_default_context(cafile=str(path))
+    for data, which in (
+        (begin + b"garbage\n", "1 of 1"),
+        (begin + b"garbage\n" + end, "1 of 1"),
+        (begin + end, "1 of 1"),
+        (begin + b"A\n" + end, "1 of 1"),
+        (whole + whole[: len(whole) // 2], "2 of 2"),
+        (whole[: len(whole) // 2] + whole, "1 of 2"),
+        (whole.replace(b"\n", b"", 2).replace(b"--MII", b"--\nII"), "1 of 1"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(ConfigurationError, match=f"--master-ca: certificate {which} in"):
+            check_certificates(str(path), "--master-ca")
+        with pytest.raises(ssl.SSLError):
+            ssl.create_default_context(cafile=str(path))
+    path.write_bytes(bytes(MAX_CERTIFICATES_BYTES + 1))
+    with pytest.raises(UnreadableError, match="more than 1048576 bytes"):
+        check_certificates(str(path), "--master-ca")
 
 
 def test_settings_that_do_not_fit_together(tmp_path: Path) -> None:
@@ -787,9 +818,14 @@ def test_the_program_from_systemd_s_credentials(site: Site, child: None) -> None
         assert program.wait() == 78
         assert "no ticket of this device is kept in /none" in program.output
     asked = len(site.master.requests)
-    with Program(*command("snitun_sync.client", "--check"), env=environment) as program:
+    check = command("snitun_sync.client", "--check")
+    with Program(*check, env=environment) as program:
         assert program.wait() == 0
         assert f"master = {site.master.url}   ($SNITUN_MASTER)" in program.output
+    site.master.ca_file.write_text("-----BEGIN CERTIFICATE-----\nnone\n")
+    with Program(*check, env=environment) as program:
+        assert program.wait() == 78
+        assert "$SNITUN_MASTER_CA: certificate 1 of 1 in" in program.output
     assert len(site.master.requests) == asked
 
 
