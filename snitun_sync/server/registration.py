@@ -1,9 +1,9 @@
 """One client at the relay: its tunnel, the names that lead to it, takeover and expiry.
 
 A tunnel to which no name is left has been taken over: its channels live on for a
-grace time, then it ends. Where the same device has renewed its token, they have all
-the time that the former token has. A tunnel that ends removes only the routes that
-still lead to it.
+grace time, then it ends. Where the same device has another one, they have all the time
+that the former token has, as long as there is somebody at its other end. A tunnel that
+ends removes only the routes that still lead to it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from functools import partial
 
 from ..errors import (
     AuthenticationError,
@@ -22,6 +23,7 @@ from ..errors import (
 )
 from ..net.bridge import Bridge
 from ..net.sockets import host_text, pack_ip
+from ..net.tuning import ANSWER_S
 from ..net.tunnel import Tunnel
 from ..protocol.frame import EXPIRED, IPV4_MAPPED, REVOKED, TAKEN_OVER
 from ..protocol.handshake import RelayHandshake
@@ -159,11 +161,19 @@ class Registration:
         level = logging.INFO if is_renewed else logging.WARNING
         text = "%s: another connection, from %s, took over"
         log.log(level, text, self, successor.tunnel.peer)
-        if self.tunnel.mux.channels:
-            if is_renewed:
-                return  # nobody who is connected notices; the token's end is this one's, too
-            self._grace = self._server.loop.call_later(TAKEOVER_GRACE_S, self._finish_taken_over)
+        loop = self._server.loop
+        if not self.tunnel.mux.channels:
+            self._finish_taken_over()
+        elif is_renewed:
+            # Nobody who is connected notices; unless this one has died without a word, and the
+            # other one is there because of that.
+            self.tunnel.mux.ping()
+            self._grace = loop.call_later(ANSWER_S, partial(self._finish_if_silent, loop.now))
         else:
+            self._grace = loop.call_later(TAKEOVER_GRACE_S, self._finish_taken_over)
+
+    def _finish_if_silent(self, since: float) -> None:
+        if self.tunnel.received_at <= since:
             self._finish_taken_over()
 
     def _finish_taken_over(self) -> None:
@@ -191,6 +201,8 @@ class Registration:
 
     def revoke(self) -> None:
         """Its token was revoked: end the tunnel, also one that is still being opened."""
+        for name in self.names:
+            self._server.known.discard(name)  # it isn't away: it doesn't come back
         self._forget_names()
         device_id = self.payload.device_id
         self.tunnel.finish(TokenError(f"its token was revoked, device {device_id}"), REVOKED)

@@ -121,7 +121,8 @@ class Server(Service):
         """The ports that are listened on, in the order of the addresses given."""
         self._listeners: list[Listener] = []
         self._is_telling = False
-        self._known = Remembered()  # hostnames
+        self.known = Remembered()
+        """Hostnames of clients that are there, or may come back."""
         self._used_keys = Remembered()  # of aes-gcm, hashed
 
     # --- life ----------------------------------------------------------------------
@@ -227,13 +228,15 @@ class Server(Service):
     def _begin_drain(self) -> bool:
         for listener in self._listeners:
             listener.finish()  # who waits in the queue came before the end
-        if self.follower is not None and self.fixed_routes is not None:
-            self.follower.close()  # its poll may come by a route of this very relay
         return True
 
     def _is_drained(self) -> bool:
-        is_passed = self.fixed_routes is None or not self.fixed_routes.all
-        return not self.bridges.all and not self.arrivals and is_passed
+        if self.bridges.all or self.arrivals:
+            return False
+        if self.fixed_routes is not None and self.follower is not None:
+            # Nobody is left who could be cut, and its poll may come by a route of this very relay.
+            self.follower.close()
+        return self.fixed_routes is None or not self.fixed_routes.all
 
     def arrival_closed(self) -> None:
         """It is clear what an arrival was, or it is gone; or what a route made of it is."""
@@ -270,7 +273,7 @@ class Server(Service):
         registration = self.routes.get(hostname)
         if registration is None:
             self.refused_devices += 1
-            is_known = hostname in self._known
+            is_known = hostname in self.known
             log.debug("%s: %r is %s", arrival, hostname, "away" if is_known else "not known")
             arrival.refuse(ALERT_INTERNAL_ERROR if is_known else ALERT_UNRECOGNIZED_NAME)
             return
@@ -322,7 +325,7 @@ class Server(Service):
         self.opened_tunnels += 1
         self.clients_changed()
         for name in registration.payload.names:
-            self._known.add(name, registration.payload.valid)
+            self.known.add(name, registration.payload.valid)
             old = self.routes.get(name)
             self.routes[name] = registration
             registration.names.add(name)
@@ -350,3 +353,7 @@ class Remembered:
             now = time.time()
             self._until = {thing: valid for thing, valid in self._until.items() if valid > now}
             self._prune_at = max(REMEMBERED_BEFORE_PRUNING, 2 * len(self._until))
+
+    def discard(self, thing: object) -> None:
+        """Forget `thing` now."""
+        self._until.pop(thing, None)

@@ -25,6 +25,7 @@ from snitun_sync.net.openmetrics import render
 from snitun_sync.protocol import frame
 from snitun_sync.protocol.aes import load
 from snitun_sync.protocol.device import new_id
+from snitun_sync.protocol.hello import ALERT_UNRECOGNIZED_NAME
 from snitun_sync.protocol.revocations import Revocations
 from snitun_sync.protocol.token import Fernet, new_fernet_key
 from snitun_sync.server import Server
@@ -255,6 +256,10 @@ def test_a_revoked_tunnel_is_cut_with_its_devices(
             assert set(server.routes) == {"other.example.test"}
             raw.sock.close()
             wait_until(lambda: len(server.registrations) == len(server.tunnels) == 1)
+            # It is as if the name had never been there.
+            with socket.create_connection(("127.0.0.1", server.ports[0]), WAIT_S) as late:
+                late.sendall(client_hello())
+                assert late.recv(100) == ALERT_UNRECOGNIZED_NAME
             assert is_refused(known, server)
             wait_until(lambda: server.refused_clients == 1)
             assert f"the token for {HOSTNAME}, device {known.device_id}, was rev" in caplog.text
@@ -466,6 +471,7 @@ def test_a_list_signed_by_a_key_that_comes_later(
 
 
 def test_the_master_behind_a_route_of_the_same_relay(tmp_path: Path, known: Known) -> None:
+    """Its list counts while the relay drains, too; and then its own poll isn't waited for."""
     master, port = Master(tmp_path, known.fernet_key), free_port()
     server = Server(
         [master.key],
@@ -476,10 +482,17 @@ def test_the_master_behind_a_route_of_the_same_relay(tmp_path: Path, known: Know
     )
     with master, server:
         with connected(known, server) as raw:
-            wait_until(lambda: figures(server)["serial"] == 1)
-            master.revoke(known.device_id)
-            raw.wait_for_end()
-        server.stop(grace_s=3600)  # its own poll isn't waited for
+            wait_until(lambda: figures(server)["serial"] == 1 and len(master.asked) == 2)
+            with Device(port) as device:
+                device.sock.sendall(client_hello())
+                assert raw.receive_flow(frame.NEW)
+                end = threading.Thread(target=server.stop, args=(3600,))
+                end.start()
+                wait_until(server.ready)
+                master.revoke(known.device_id)
+                raw.wait_for_end()
+        assert server.wait(WAIT_S)
+        end.join(WAIT_S)
 
 
 # --- what is kept -----------------------------------------------------------------------------

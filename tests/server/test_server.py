@@ -87,7 +87,7 @@ def test_what_openssl_says_of_the_alerts(server: Server, credentials: Credential
     with connect(server) as sock, pytest.raises(ssl.SSLError, match=r"(?i)unrecognized.name"):
         context.wrap_socket(sock, server_hostname="unknown.example.test")
     raw_client(credentials, server.ports[0]).sock.close()
-    wait_until(lambda: not names_of(server) and server._known)
+    wait_until(lambda: not names_of(server) and server.known)
     with connect(server) as sock, pytest.raises(ssl.SSLError, match=r"(?i)internal.error"):
         context.wrap_socket(sock, server_hostname=HOSTNAME)
 
@@ -431,6 +431,38 @@ def test_a_renewed_token_lets_channels_live_on_until_the_former_one_ends(
                 wait_until(lambda: len(services.server.tunnels) == 1)
 
 
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_a_renewed_token_keeps_no_tunnel_that_has_died(tmp_path: Path, is_alive: bool) -> None:
+    """An appliance without power comes back: what was open before ends, and devices see that."""
+    folder = tmp_path / "renewed"
+    folder.mkdir()
+    known = Credentials(tmp_path, device_id="a" * 16)
+    renewed = Credentials(folder, fernet_key=known.fernet_key, device_id="a" * 16)
+    with Server([known.fernet_key], ["127.0.0.1:0"]) as server, contextlib.ExitStack() as stack:
+        former = stack.enter_context(raw_client(known, server.ports[0]))
+        wait_until(lambda: names_of(server))
+        device = stack.enter_context(connect(server, client_hello()))
+        former.receive_flow(frame.DATA)
+        [registration] = server.registrations
+        stack.enter_context(raw_client(renewed, server.ports[0]))
+        wait_until(lambda: registration._grace is not None)
+        assert registration._grace is not None
+        ping_id, extra, _ = former.receive_flow(frame.PING)
+        assert extra.startswith(b"ping")
+        if is_alive:
+            former.send(frame.PING, ping_id, b"pong")
+            wait_until(lambda: not registration.tunnel.mux.unconfirmed_bytes)
+        # The time for an answer is over.
+        assert registration._grace.callback is not None
+        server.loop.call_soon_threadsafe(registration._grace.callback)
+        device.sendall(b"more")
+        if is_alive:
+            assert former.receive_flow(frame.DATA)[2] == b"more"
+        else:
+            assert device.recv(1) == b""
+            wait_until(lambda: len(server.registrations) == 1)
+
+
 def test_the_old_tunnel_ends_with_its_last_channel(tmp_path: Path) -> None:
     with Services(tmp_path) as services, services.device("ECHO") as old:
         old.exchange()
@@ -563,8 +595,8 @@ def test_a_token_that_expires_during_the_handshake_takes_nothing(
 def test_names_of_expired_tokens_don_t_pile_up(tmp_path: Path, credentials: Credentials) -> None:
     with Server([credentials.fernet_key], ["127.0.0.1:0"]) as server:
         for number in range(5000):
-            server._known.add(f"{number}.test", time.time() - 1)
-        assert len(server._known._until) <= server_module.REMEMBERED_BEFORE_PRUNING
+            server.known.add(f"{number}.test", time.time() - 1)
+        assert len(server.known._until) <= server_module.REMEMBERED_BEFORE_PRUNING
 
 
 # --- life ------------------------------------------------------------------------------
