@@ -125,6 +125,12 @@ class Options(argparse.Namespace):
         """Return `--endpoint`, `$SNITUN_ENDPOINT` or `/etc/snitun.ini: [client] endpoint`."""
         return self._settings[attribute][1]
 
+    def changed(self, former: Options, keys: str) -> Iterator[str]:
+        """Yield what messages call those of the settings `keys` that are others in `former`."""
+        for attribute in keys.replace("-", "_").split():
+            if _text(getattr(self, attribute)) != _text(getattr(former, attribute)):
+                yield self.source(attribute)
+
     def lines(self) -> Iterator[str]:
         """Yield `name = value   (source)` for all settings, without secrets."""
         for attribute, (rank, name) in self._settings.items():

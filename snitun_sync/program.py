@@ -220,16 +220,19 @@ def _overwrite(secret: str, start_field: int, end_field: int) -> None:
 
 
 def run_service(
-    make: Callable[[], Service], options: Options, reload: Callable[[Service], Options]
+    make: Callable[[], Service],
+    options: Options,
+    reload: Callable[[Service], Options],
+    at_start: str,
 ) -> None:
     """Make a service and run it until it ends, or until SIGTERM or SIGINT stop it well.
 
     Open channels get the time of `options.grace` then; a second signal stops it at once. SIGHUP
     calls `reload(service)` on the service's thread, which returns the options that count
-    from now on or raises ConfigurationError; SIGUSR1 logs how it goes. Raises the SniTunError
-    that ended it.
+    from now on or raises ConfigurationError; those that `at_start` names don't, which is
+    logged. SIGUSR1 logs how it goes. Raises the SniTunError that ended it.
     """
-    service = make()
+    service, first = make(), options
     if "NOTIFY_SOCKET" in os.environ:
         service.notify_manager(os.environ)
     # What is there now stays: the collector need never look at it again.
@@ -243,6 +246,8 @@ def run_service(
         nonlocal options
         options = reload(service)
         log.root.setLevel(options.log_level.upper())
+        for name in options.changed(first, at_start):
+            log.warning("%s has changed: that takes a restart", name)
 
     def say_status() -> None:
         from .status_command import table  # noqa: PLC0415  few ask

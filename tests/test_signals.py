@@ -28,6 +28,7 @@ from tests.support import (
     Endpoint,
     Program,
     client,
+    free_port,
     module,
     pattern,
     relay,
@@ -323,6 +324,38 @@ def test_other_settings_count_at_once(
             assert peer.wait() == 0
             assert device.sock.recv(1) == b""
         assert peer.output.count("ready: ") == 1
+
+
+@pytest.mark.parametrize("section", ["client", "server", "master"])
+def test_what_takes_a_restart_is_said(
+    tmp_path: Path, credentials: Credentials, section: str
+) -> None:
+    config = tmp_path / "snitun.ini"
+    credentials.at(f"127.0.0.1:{free_port()}")
+    keys, listen = f"fernet-key-file = {credentials.key_file}", f"listen = 127.0.0.1:{free_port()}"
+    given = {
+        "client": [f"token-file = {credentials.ticket_file}"],
+        "server": [keys, listen],
+        "master": [keys, listen, f"database = {tmp_path / 'snitun.db'}", "relay = relay.test"],
+    }[section]
+
+    def configure(*lines: str) -> None:
+        config.write_text("\n".join((f"[{section}]", *given, *lines)))
+
+    configure()
+    command = module(f"snitun_sync.{section}", *["serve"] * (section == "master"))
+    with Program(*command, "--config", str(config)) as program:
+        program.wait_for("next attempt" if section == "client" else "listening on")
+        for number in (1, 2):  # as long as it is so
+            configure("log-format = json", "log-level = debug", "crypto = cryptography")
+            program.process.send_signal(signal.SIGHUP)
+            program.wait_for("the settings were read again", number)
+        configure("log-level = debug", "log-format = text")
+        program.process.send_signal(signal.SIGHUP)
+        program.wait_for("the settings were read again", 3)
+    said = re.findall(r"\] (\S+) has changed: that takes a restart\n", program.output)
+    assert said == ["crypto", "log-format"] * 2
+    assert "defect" not in program.output
 
 
 def test_settings_count_as_soon_as_that_is_said(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from ..options import Options
 
 PROGRAM = "snitun-client"
+# What SIGHUP doesn't change.
+AT_START = "admin admin-token-file crypto log-format"
 TOKEN_ENVIRONMENT = "SNITUN_TOKEN"
 # systemd.exec(5): where LoadCredential= puts what it loads, and what ours is called there.
 CREDENTIALS_ENVIRONMENT = "CREDENTIALS_DIRECTORY"
@@ -379,7 +381,7 @@ def _run_client(arguments: Sequence[str]) -> None:
         if options.check:
             check_service(PROGRAM, options, make)
         else:
-            run_service(make, options, reload)
+            run_service(make, options, reload, AT_START)
 
 
 def _settings(options: Options) -> dict[str, Any]:

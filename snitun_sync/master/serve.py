@@ -25,6 +25,9 @@ Keys and certificate are read again when their files change. SIGHUP reads all se
 get 5 s. SIGUSR1 logs how it goes."""
 
 GRACE_S = 5.0
+# What SIGHUP doesn't change.
+AT_START = """admin-token-file crypto database fernet-key-file insecure listen log-format
+    proxy-protocol-from tls-cert tls-key"""
 
 
 def add_parser(commands: Commands) -> None:
@@ -99,6 +102,6 @@ def run(options: Options, read: Callable[[Options], Options]) -> None:
         if options.check:
             check_service("snitun-master", options, make)
         else:
-            run_service(make, options, reload)
+            run_service(make, options, reload, AT_START)
     finally:
         app.store.close()

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from ..options import Options
 
 PROGRAM = "snitun-server"
+# What SIGHUP doesn't change.
+AT_START = """admin admin-token-file budget congestion-control crypto listen log-format
+    peer-listen revocations revocations-ca route state-dir"""
 # How soon a changed file of Fernet keys counts: before a session master signs by it.
 LOOK_EACH_S = 1.0
 
@@ -159,7 +162,7 @@ def _run_relay(arguments: Sequence[str]) -> None:
         if options.check:
             check_service(PROGRAM, options, make)
         else:
-            run_service(make, options, reload)
+            run_service(make, options, reload, AT_START)
 
 
 def _keys(options: Options) -> list[str]:
