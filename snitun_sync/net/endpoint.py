@@ -105,14 +105,17 @@ class Endpoint:
 
     def _give_up(self, why: str) -> None:
         """Abort the targets that wait for the name."""
-        for target in self._waiting():
+        waiting = self._waiting()
+        for target in waiting:
             del self._opening[target]
-            self._failed(target, why)
+        self._failed(why, *waiting)
 
-    def _failed(self, target: Target, why: str) -> None:
-        self.failures += 1
-        self.failure = f"can't reach endpoint {self}: {why}"
-        target.abort(EndpointError(self.failure))
+    def _failed(self, why: str, *targets: Target) -> None:
+        """Abort `targets`, and note why: also for those that come next, where none is left."""
+        self.failure = failure = f"can't reach endpoint {self}: {why}"
+        self.failures += len(targets)
+        for target in targets:
+            target.abort(EndpointError(failure))
 
     def _waiting(self) -> list[Target]:
         return [target for target, connecting in self._opening.items() if connecting is None]
@@ -165,4 +168,4 @@ class Endpoint:
             self._resolved_until = 0.0  # it may have another address by now
         if error is not None and error.errno in _SILENT:
             self._silent_until = self._loop.now + self.timeout_s
-        self._failed(target, reason(error))
+        self._failed(reason(error), target)
