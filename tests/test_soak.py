@@ -77,7 +77,7 @@ def test_ten_minutes_are_what_they_are_said_to_be() -> None:
 def test_what_a_log_says_of_attempts() -> None:
     assert read_message(1.0, 2, "connecting to the relay r:443") == Event(1.0, 2, ATTEMPT)
     assert read_message(1.0, 2, "ready: d at the relay r:443 leads to e") == Event(1.0, 2, UP)
-    lost = "the relay closed the connection (and 3 times before); next attempt in 2.5 s"
+    lost = "the relay closed the connection (and 3 failures before); next attempt in 2.5 s"
     assert read_message(1.0, 2, lost) == Event(1.0, 2, FAILED, 2.5)
     assert read_message(1.0, 2, "refused 1 channels: --max-channels 2 is reached") is None
 

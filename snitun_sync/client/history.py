@@ -84,12 +84,12 @@ class History:
         self.endings.append(ending)
 
     def say(self, text: str, plan: str, now: float, *, is_rare: bool = False) -> None:
-        """Log a failure, and what comes next; the same again only now and then, with its count."""
+        """Log a failure, and what comes next; the same again now and then, with how many came."""
         if now < self._say_again_at:
             self._unsaid += 1
             return
         self._say_again_at = now + (SAY_RARELY_S if is_rare else SAY_AGAIN_S)
-        before = f" (and {self._unsaid} times before)" if self._unsaid else ""
+        before = f" (and {self._unsaid} failures before)" if self._unsaid else ""
         self._unsaid = 0
         log.warning("%s%s; %s", text, before, plan)
 
