@@ -201,9 +201,9 @@ def _relay_rows(report: Report) -> Iterator[tuple[str, str]]:
     for client in report["clients"][:CLIENTS_SHOWN]:
         text = "{address}, up for {}, {channels} channels, token valid until {valid}"
         yield client["hostname"], text.format(span(client["up_for_s"]), **client)
-    left_out = len(report["clients"]) - CLIENTS_SHOWN
+    left_out = report["hostnames"] - CLIENTS_SHOWN
     if left_out > 0:
-        yield "…", f"and {left_out} more; --json has them"
+        yield "…", f"and {left_out} more; --json has {len(report['clients'])}"
 
 
 def _common_rows(report: Report) -> Iterator[tuple[str, str]]:

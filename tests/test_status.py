@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from snitun_sync.status_command import table
 from tests.services import refusing_port
 from tests.support import (
     HOSTNAME,
@@ -433,8 +434,13 @@ def test_the_table(pair: Pair) -> None:
         assert "1 channels, token valid until" in rows[HOSTNAME]
     for name in PROGRAMS:
         shown = pair.status(name, "--json")
-        assert json.loads(shown.stdout)["program"] == f"snitun-{name}"
+        report = json.loads(shown.stdout)
+        assert report["program"] == f"snitun-{name}"
         assert shown.returncode == 0
+    # Of many clients some are shown, and the report has a limit, too.
+    assert "…" not in "".join(table(report))
+    report.update(hostnames=5000, clients=report["clients"] * 1000)
+    assert list(table(report))[-1].split(None, 1) == ["…", "and 4950 more; --json has 1000"]
 
 
 def test_the_exit_code_tells_whether_it_is_ready(unix_pair: Pair) -> None:

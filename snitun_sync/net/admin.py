@@ -18,7 +18,7 @@ from ..protocol.http_head import END, parse_head
 from ..protocol.names import normal_hostname, parse_address
 from .listening import Listener, listen
 from .loop import READ, WRITE, Handler
-from .sockets import host_text, numeric_places, pack_ip
+from .sockets import host_text, numeric_places, pack_ip, reason
 from .tuning import DRAIN_S
 
 TYPE_CHECKING = False
@@ -126,8 +126,7 @@ class Admin:
             self.close()
             if isinstance(error, ConfigurationError):
                 raise
-            reason = getattr(error, "strerror", None) or error
-            raise ListenError(f"--admin: can't listen on {self.address}: {reason}") from None
+            raise ListenError(f"--admin: can't listen on {self.address}: {reason(error)}") from None
         self.port = places[0][1]
 
     def begin(self) -> None:
