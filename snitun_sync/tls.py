@@ -6,7 +6,6 @@ Only who terminates TLS loads this module: `ssl` takes 4 MiB.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import ssl
 import time
@@ -14,7 +13,7 @@ import time
 from .errors import ChannelError, ConfigurationError, ExpiredError, UsageError
 from .net.loop import utc
 from .net.sockets import reason
-from .program import read_bytes
+from .program import file_stamp, read_bytes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -91,15 +90,7 @@ class Certificate(Loaded):
 
     def stamp(self) -> object:
         """Return what is another thing as soon as the files have changed."""
-        found: list[tuple[int, ...] | None] = []
-        for path in (self._path, self._key_path):
-            try:
-                status = os.stat(path)
-            except (OSError, ValueError):
-                found.append(None)
-            else:
-                found.append((status.st_ino, status.st_size, status.st_ctime_ns))
-        return tuple(found)
+        return file_stamp(self._path), file_stamp(self._key_path)
 
     def take(self, loaded: Loaded) -> None:
         """Let it count, for devices that come from now on."""

@@ -120,8 +120,7 @@ class Endpoints:
         for route in former.values():
             if route.health is not None and route.health not in kept:
                 route.health.close()
-        for certificate in {route.certificate for route in self.routes} - {None}:
-            assert certificate is not None
+        for certificate in self._certificates():
             if certificate.failure:
                 self._say_failure(certificate)
         self._by_name = {name: route for route in self.routes for name in route.settings.names}
@@ -133,7 +132,7 @@ class Endpoints:
         self.needs_alpn = self._acme is not None or 2 in versions
         only = self.routes[0] if len(self.routes) == 1 and self._acme is None else None
         self._only = only if only is not None and only.takes_all() else None
-        if self._timer is None and any(route.certificate for route in self.routes):
+        if self._timer is None and self._certificates():
             self._timer = self.loop.call_later(WATCH_S, self._look)
 
     def _route(self, settings: EndpointSettings, former: Route | None) -> Route:
@@ -212,13 +211,16 @@ class Endpoints:
 
     # --- certificates --------------------------------------------------------------
 
+    def _certificates(self) -> set[Certificate]:
+        """Return those that are shown; endpoints may share one."""
+        return {route.certificate for route in self.routes if route.certificate is not None}
+
     def _look(self) -> None:
         """See whether files of certificates have changed, and read those that have."""
-        certificates = {route.certificate for route in self.routes} - {None}
+        certificates = self._certificates()
         self._timer = self.loop.call_later(WATCH_S, self._look) if certificates else None
         seen, self._seen = self._seen, {}
         for certificate in certificates:
-            assert certificate is not None
             stamp = self._seen[certificate] = certificate.stamp()
             is_quiet = seen.get(certificate) == stamp
             if is_quiet and (stamp != certificate.tried or certificate.failure):

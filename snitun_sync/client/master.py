@@ -298,17 +298,17 @@ class Master:
             self._ask(is_renewal=True)
 
     def _ask(self, *, is_renewal: bool) -> None:
+        import json  # noqa: PLC0415
+
         self.close()
         self._is_renewal = is_renewal
         settings, others = self.settings, self._client.settings
         fields = {"aes_key": os.urandom(KEY_SIZE).hex(), "aes_iv": os.urandom(IV_SIZE).hex()}
-        # Both are hex: this is JSON.
-        body = '{{"aes_key": "{aes_key}", "aes_iv": "{aes_iv}"}}'.format_map(fields)
         self._fetch = fetch = Fetch(
             settings.url,
             "--master",
             "/v1/token",
-            body,
+            json.dumps(fields),
             ca_file=settings.ca_file,
             proxy=others.proxy_url,
             proxy_password=others.proxy_password,
