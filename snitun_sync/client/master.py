@@ -23,6 +23,7 @@ from ..errors import (
     RefusedError,
     RevokedError,
     SniTunError,
+    TicketError,
     UsageError,
 )
 from ..net.fetch import Fetch
@@ -116,7 +117,7 @@ class MasterSettings:
             if kept["master"] != self.url or kept["device_id"] != self.device_id:
                 return None
             return Ticket.from_fields(kept["ticket"])
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, TicketError):
             raise ConfigurationError(f"--state-dir: {path} is damaged") from None
 
     def kept_text(self, ticket: Ticket) -> str:

@@ -165,7 +165,7 @@ class Ticket:
             "token": self.token,
             "aes_key": self.aes_key.hex(),
             "aes_iv": self.aes_iv.hex(),
-            "hostname": self.hostname,
+            "hostname": self.hostname or None,
             "valid": self.valid,
             "protocol_version": self.protocol_version,
             "cipher": self.cipher,

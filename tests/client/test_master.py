@@ -147,6 +147,17 @@ def saying(status: int, headers: dict[str, str] | None = None, body: Any = b"") 
     return lambda _: (status, headers or {}, body)
 
 
+def only(*names: str) -> Callable[[Reply], Reply]:
+    """Return what leaves no other fields in the usual answer."""
+
+    def reply(usual: Reply) -> Reply:
+        fields = usual[2]
+        assert isinstance(fields, dict)
+        return 200, {}, {name: fields[name] for name in names}
+
+    return reply
+
+
 # --- how it goes when all is well -------------------------------------------------------------
 
 
@@ -216,7 +227,10 @@ def test_each_connection_has_a_ticket_of_its_own_with_aes_gcm(
         assert not client._spent_keys
 
 
-def test_a_kept_ticket_serves_while_the_master_is_away(site: Site) -> None:
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_kept_ticket_serves_while_the_master_is_away(site: Site, is_named: bool) -> None:
+    if not is_named:  # as in the field: no hostname, nor what else may be missing
+        site.master.reply = only("token", "server", "valid", "throttling", "protocol_version")
     with site.client():
         wait_until(lambda: site.kept)
     site.master.reply = saying(503)
@@ -232,7 +246,9 @@ def test_a_kept_ticket_serves_while_the_master_is_away(site: Site) -> None:
         assert "answers 503" in client.master.failure
 
 
-@pytest.mark.parametrize("how", ["expired", "another master", "another device", "damaged", "cut"])
+@pytest.mark.parametrize(
+    "how", ["expired", "another master", "another device", "damaged", "cut", "no token"]
+)
 def test_what_is_kept_and_does_not_count(
     site: Site, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -246,6 +262,8 @@ def test_what_is_kept_and_does_not_count(
         path.write_text(json.dumps({**kept, "master": "https://other.example"}))
     elif how == "another device":
         path.write_text(json.dumps({**kept, "device_id": new_id(os.urandom)}))
+    elif how == "no token":
+        path.write_text(json.dumps({**kept, "ticket": {**kept["ticket"], "token": ""}}))
     elif how == "damaged":
         path.write_bytes(b"\xff{")
     else:
@@ -254,7 +272,7 @@ def test_what_is_kept_and_does_not_count(
         assert len(site.master.requests) == 2
         wait_until(lambda: site.kept.get("ticket") not in (None, kept["ticket"]))
     is_said = any("--state-dir" in record.message for record in caplog.records)
-    assert is_said == (how in ("damaged", "cut"))
+    assert is_said == (how in ("damaged", "cut", "no token"))
 
 
 @pytest.mark.parametrize("how", ["a file", "full", "of nobody"])

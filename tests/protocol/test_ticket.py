@@ -46,6 +46,7 @@ def test_what_may_be_missing() -> None:
     ticket = Ticket.parse(json.dumps(required))
     assert (ticket.hostname, ticket.valid, ticket.protocol_version) == ("", None, 0)
     assert (ticket.cipher, ticket.throttling) == ("aes-cbc", None)
+    assert Ticket.parse(ticket.to_line()).to_json() == ticket.to_json()
     nulls = dict.fromkeys(("hostname", "valid", "protocol_version", "cipher", "throttling"))
     assert Ticket.parse(json.dumps({**required, **nulls})).cipher == "aes-cbc"
 
