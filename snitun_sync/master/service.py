@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from ..net.openmetrics import Family
     from ..tls import Certificate, Loaded
     from .app import App
 
@@ -244,10 +243,6 @@ class Master(Service):
                 "certificate": str(self.certificate or "none"),
             },
         }
-
-    def metrics(self) -> list[Family]:
-        """Nothing: the application answers /metrics."""
-        return []
 
 
 def _network(text: str) -> Any:

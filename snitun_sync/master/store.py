@@ -79,8 +79,6 @@ _REASONS = {
 
 _ERRORS = sqlite3.Error, UnicodeDecodeError
 
-__all__ = ["Device", "Store"]
-
 log = logging.getLogger("snitun_sync")
 
 
@@ -114,8 +112,9 @@ class Store:
 
     def close(self) -> None:
         """Write what is still to be written, and close the file."""
-        if self._seen_timer is not None:
-            self._seen_timer.cancel()
+        timer = self._seen_timer  # its thread may forget it at any time
+        if timer is not None:
+            timer.cancel()
         self._write_seen()
         with self._lock:
             self._connection.close()

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from snitun_sync.errors import StoreError, UsageError
 from snitun_sync.master import store as store_module
-from snitun_sync.master.store import LEAD_S, SLACK_S, Device, Store
-from snitun_sync.master.tokens import seal_token, token_length
+from snitun_sync.master.store import LEAD_S, SLACK_S, Store
+from snitun_sync.master.tokens import Device, seal_token, token_length
 from snitun_sync.protocol.aes import load
 from snitun_sync.protocol.names import is_hostname, normal_hostname
 from snitun_sync.protocol.token import MAX_TEXT, Fernet, Payload, created, new_fernet_key
