@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import trustme
 
 from tests.appliance import DOMAIN, Web
+from tests.master.serving import Answer
 from tests.support import PROJECT, WAIT_S, Program, free_port, module, wait_until
 
 if TYPE_CHECKING:
@@ -32,19 +33,6 @@ from snitun_sync.client import cli, master
 master.RENEW_FROM, master.RENEW_TO, master.LEAST_RENEWAL_S = 0.025, 0.03, 1.0
 sys.exit(cli.console())
 """
-
-
-class Answer:
-    """What the session master has answered."""
-
-    def __init__(self, answer: http.client.HTTPResponse) -> None:
-        self.status, self.headers, self.body = answer.status, answer.headers, answer.read()
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """The JSON object in it."""
-        fields: dict[str, Any] = json.loads(self.body)
-        return fields
 
 
 @dataclass
