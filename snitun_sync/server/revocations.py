@@ -43,6 +43,8 @@ WAIT_S = 30
 SLACK_S = 15.0
 # Between the starts of two polls, and as a first delay when one has failed.
 LEAST_PAUSE_S = 1.0
+# The same behind one that brought news: they seldom come alone, and none waits for a second.
+NEWS_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 30.0
 
 
@@ -202,10 +204,12 @@ class Follower:
             self._server.tell()
         former, self.list = self.list, latest
         found = latest.revocations
+        pause_s = LEAST_PAUSE_S
         if former is None or former.revocations.serial != found.serial:
             log.info("revocations: serial %d, %d devices", found.serial, len(found.entries))
             self._apply(found)
-        self._schedule(max(0.0, self._began_at + LEAST_PAUSE_S - self._server.loop.now))
+            pause_s = NEWS_PAUSE_S
+        self._schedule(max(0.0, self._began_at + pause_s - self._server.loop.now))
 
     def _failed(self, error: Exception | None) -> None:
         self.refused_lists += isinstance(error, TokenError)
