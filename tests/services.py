@@ -9,7 +9,7 @@ import re
 import socket
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Callable
 
 from snitun_sync.client import Client
 from snitun_sync.net.endpoint import Endpoint as ToService
@@ -23,6 +23,7 @@ from tests.support import WAIT_S, Credentials, Device, Endpoint, wait_until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from snitun_sync.net.loop import Timer
     from snitun_sync.net.service import Service
 
 
@@ -31,6 +32,27 @@ def connector(client: Client) -> ToService:
     found = client.endpoints.routes[0].connector
     assert isinstance(found, ToService)
     return found
+
+
+def on_loop(service: Service, function: Callable[[], Any]) -> Any:
+    """Return what `function()` returns on the service's own thread."""
+    results: list[Any] = []
+    service.loop.call_soon_threadsafe(lambda: results.append(function()))
+    wait_until(lambda: results)
+    return results[0]
+
+
+def let_expire(service: Service, timer: Timer | None) -> None:
+    """Let a timer's time come now."""
+    assert timer is not None
+
+    def expire() -> None:
+        callback = timer.callback
+        assert callback is not None, "it has come already, or was cancelled"
+        timer.cancel()
+        callback()
+
+    on_loop(service, expire)
 
 
 def is_idle(service: Service) -> bool:

@@ -33,9 +33,18 @@ from snitun_sync.net.bridge import BridgeState
 from snitun_sync.net.connecting import Connecting
 from snitun_sync.net.endpoint import OPENING_LIMIT
 from snitun_sync.net.tuning import PROVING_FRAMES
+from snitun_sync.net.tunnel import TunnelState
 from snitun_sync.protocol import frame
 from snitun_sync.protocol.cipher import CIPHERS
-from tests.services import Raw, RawRelay, connector, is_idle, receive_exactly, refusing_port
+from tests.services import (
+    Raw,
+    RawRelay,
+    connector,
+    is_idle,
+    let_expire,
+    receive_exactly,
+    refusing_port,
+)
 from tests.support import WAIT_S, Credentials, Endpoint, HungEndpoint, client_hello, wait_until
 
 ECHO = client_hello() + b"ECHO\nhello"
@@ -207,15 +216,16 @@ def test_a_recorded_relay_stream_opens_nothing_when_replayed(
         assert endpoint.accepted == accepted
 
 
-def test_a_tunnel_without_pong_is_given_up(
-    relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tunnel_module, "HANDSHAKE_S", 0.2)
+def test_a_tunnel_without_pong_is_given_up(relay: RawRelay, endpoint: Endpoint) -> None:
     with running(relay, endpoint.address, once=True) as client, relay.tunnel(prove=False) as raw:
         raw.new(b"c" * 16)
+        tunnel = client.tunnel
+        assert tunnel is not None
+        wait_until(lambda: tunnel.state is TunnelState.PROVING)
+        let_expire(client, tunnel._timer)
         error = ended(client)
     assert isinstance(error, UnreachableError)
-    assert "no pong to the first PING within" in str(error)
+    assert "no pong to the first PING within 10 s" in str(error)
 
 
 # --- the handshake -------------------------------------------------------------------
@@ -249,13 +259,14 @@ def test_no_challenge(relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.M
     assert "no challenge within" in str(error)
 
 
-def test_a_relay_that_ignores_the_cipher(
-    tmp_path: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tunnel_module, "HANDSHAKE_S", 0.2)
+def test_a_relay_that_ignores_the_cipher(tmp_path: Path, endpoint: Endpoint) -> None:
     with RawRelay(Credentials(tmp_path, cipher="aes-gcm-siv")) as relay:
         with running(relay, endpoint.address, once=True) as client, relay.accept() as sock:
+            tunnel = wait_until(lambda: client.tunnel)
+            handshake = tunnel._handshake
             sock.sendall(os.urandom(32))
+            wait_until(lambda: handshake.received_size)
+            let_expire(client, tunnel._timer)
             error = str(ended(client))
     assert "32 of 60 bytes of the challenge" in error
     assert "aes-cbc" in error
@@ -327,7 +338,7 @@ def test_silence_is_broken_by_a_ping_and_a_dead_relay_is_left(
             raw.send(frame.PING, ping_id, b"pong")
         raw.receive()  # and now the relay is silent
         error = ended(client)
-    assert "answered no PING for 1 s" in str(error)
+    assert "answered no PING for" in str(error)
 
 
 def test_other_bytes_are_no_answer_to_a_ping(
@@ -350,7 +361,7 @@ def test_other_bytes_are_no_answer_to_a_ping(
 
         thread = threading.Thread(target=babble)
         thread.start()
-        assert "answered no PING for 2 s" in str(ended(client))
+        assert "answered no PING for" in str(ended(client))
         stop.set()
         thread.join(10)
 
@@ -544,16 +555,20 @@ def test_data_waits_for_an_endpoint_that_connects_late_even_behind_close(
 
 def test_a_hung_endpoint_delays_nothing_else(relay: RawRelay, quick_retries: None) -> None:
     """Connects hang; reconnecting to the relay and stopping don't wait for them."""
-    with HungEndpoint() as hung, running(relay, hung.address) as client:
+    with HungEndpoint() as hung, running(relay, hung.address, connect_timeout_s=300) as client:
         with relay.tunnel() as raw:
             for number in range(20):
                 raw.new(bytes([number]) * 16)
             raw.send(frame.PING, b"x" * 16, b"ping")
             raw.receive_flow(frame.PING)
-        with relay.tunnel():
+        with relay.tunnel() as raw:
             assert client.wait_until_up(10)
-        begin = time.monotonic()
-    assert time.monotonic() - begin < 5
+            raw.new(b"c" * 16)
+            wait_until(lambda: connector(client)._opening)
+            stopping = threading.Thread(target=client.stop)
+            stopping.start()
+            stopping.join(WAIT_S)
+            assert not stopping.is_alive()
 
 
 def test_too_many_connects_are_refused(relay: RawRelay) -> None:

@@ -271,7 +271,6 @@ def test_a_hello_may_come_byte_by_byte(tmp_path: Path) -> None:
 def test_what_is_no_hello_is_closed_at_once_and_what_is_none_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(arrival_module, "HANDSHAKE_S", 0.2)
     with (
         RawRelay(Credentials(tmp_path)) as relay,
         Client(relay.credentials.ticket, f"{HOSTNAME}=127.0.0.1:1") as client,
@@ -279,6 +278,7 @@ def test_what_is_no_hello_is_closed_at_once_and_what_is_none_in_time(
     ):
         for number, data in enumerate((b"GET / HTTP/1.1\r\n", b"", client_hello(HOSTNAME)[:-1])):
             channel = bytes([number]) * 16
+            monkeypatch.setattr(arrival_module, "HANDSHAKE_S", 0.2 if number else WAIT_S)
             raw.new(channel)
             if data:
                 raw.send(frame.DATA, channel, data=data)
@@ -286,6 +286,7 @@ def test_what_is_no_hello_is_closed_at_once_and_what_is_none_in_time(
         assert client.limits.refused == {"hello": 3}
         assert "192.0.2.1: no TLS handshake record: type 71" in caplog.text
         assert caplog.text.count("192.0.2.1: no whole ClientHello within 0 s") == 2
+        monkeypatch.setattr(arrival_module, "HANDSHAKE_S", WAIT_S)
         raw.new(b"one who goes ...")
         raw.send(frame.DATA, b"one who goes ...", data=client_hello(HOSTNAME)[:99])
         raw.send(frame.CLOSE, b"one who goes ...")
@@ -919,7 +920,7 @@ def test_ready_tells_an_endpoint_that_is_down_from_a_tunnel_that_is(
         (b"SSH-2.0\r\n", "GET /health?x: it answers no HTTP/1.1"),
         (b"", "GET /health?x: it answers no HTTP/1.1"),
         (b"x" * 5000, "GET /health?x: it answers no HTTP/1.1"),
-        (None, "GET /health?x: no answer within 0.2 s"),
+        (None, "GET /health?x: no answer within 1 s"),
     ],
 )
 def test_health_over_http(answer: bytes | None, said: str, tmp_path: Path) -> None:
@@ -942,7 +943,7 @@ def test_health_over_http(answer: bytes | None, said: str, tmp_path: Path) -> No
             service.address,
             health_interval_s=60,
             health_path="/health?x",
-            connect_timeout_s=0.2 if answer is None else 10,
+            connect_timeout_s=1 if answer is None else 10,
             proxy_protocol="v1",
         )
         health = client.endpoints.routes[0].health

@@ -23,11 +23,11 @@ from snitun_sync.client.status import clock_doubt
 from snitun_sync.errors import DeadLinkError, LinkError, RefusedError, UsageError
 from snitun_sync.net import tunnel as tunnel_module
 from snitun_sync.net.dialing import blocking_dial
-from snitun_sync.net.service import Service
 from snitun_sync.protocol import frame
-from tests.services import Raw, RawRelay, Services, receive_exactly, refusing_port
+from tests.services import Raw, RawRelay, Services, on_loop, receive_exactly, refusing_port
 from tests.support import (
     HOSTNAME,
+    WAIT_S,
     Credentials,
     Endpoint,
     HungEndpoint,
@@ -48,14 +48,6 @@ def relay(credentials: Credentials) -> Iterator[RawRelay]:
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     delay_s = Retry.delay_s
     monkeypatch.setattr(Retry, "delay_s", lambda *args: delay_s(*args) and 0.02)
-
-
-def on_loop(service: Service, function: Any) -> Any:
-    """Return what `function()` returns on the service's own thread."""
-    results: list[Any] = []
-    service.loop.call_soon_threadsafe(lambda: results.append(function()))
-    wait_until(lambda: results)
-    return results[0]
 
 
 # --- how it stops ----------------------------------------------------------------------
@@ -498,7 +490,7 @@ def test_without_an_answer_another_tunnel_comes_at_once(
         with relay.tunnel():
             wait_until(lambda: client.proven == 2)
     assert isinstance(errors[0], DeadLinkError)
-    assert "answered no PING for 1 s" in str(errors[0])
+    assert "answered no PING for" in str(errors[0])
 
 
 def test_changes_again_and_again_give_a_dead_link_no_more_time(
@@ -513,7 +505,7 @@ def test_changes_again_and_again_give_a_dead_link_no_more_time(
             return bool(client.history.endings)
 
         wait_until(is_over)
-        assert "answered no PING for 1 s" in client.history.endings[0].reason
+        assert "answered no PING for" in client.history.endings[0].reason
 
 
 def test_an_address_that_is_gone_ends_the_tunnel_at_once(
@@ -549,7 +541,7 @@ def test_a_change_hurries_an_attempt_that_waits_or_hangs(
 
 
 def test_a_resolver_that_hangs_doesn_t_hold_the_client(
-    relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, quick_retries: None
+    relay: RawRelay, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on = threading.Event()
     calls: list[bool] = []
@@ -560,8 +552,13 @@ def test_a_resolver_that_hangs_doesn_t_hold_the_client(
             go_on.wait()
         return blocking_dial(*arguments)
 
+    def delay_s(*_: object) -> float:
+        monkeypatch.setattr(client_module, "DIAL_S", WAIT_S)  # for the next one
+        return 0.02
+
     monkeypatch.setattr(client_module, "blocking_dial", hang_once)
     monkeypatch.setattr(client_module, "DIAL_S", 0.2)
+    monkeypatch.setattr(Retry, "delay_s", delay_s)
     try:
         with Client(relay.credentials.ticket, endpoint.address) as client:
             wait_until(lambda: client.history.endings)

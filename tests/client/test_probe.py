@@ -23,9 +23,8 @@ from snitun_sync.client import probe as probe_module
 from snitun_sync.client.client import ClientState
 from snitun_sync.client.settings import Settings
 from snitun_sync.errors import LostError
-from snitun_sync.net.service import Service
 from snitun_sync.server import Server
-from tests.services import ConnectProxy, refusing_port
+from tests.services import ConnectProxy, on_loop, refusing_port
 from tests.support import HOSTNAME, PROJECT, WAIT_S, Credentials, wait_until
 
 AUTHORITY = trustme.CA()
@@ -198,14 +197,6 @@ def elsewhere(credentials: Credentials) -> Iterator[Relay]:
 def endpoint() -> Iterator[TlsEndpoint]:
     with TlsEndpoint() as endpoint:
         yield endpoint
-
-
-def on_loop(service: Service, function: Any) -> Any:
-    """Return what `function()` returns on the service's own thread."""
-    results: list[Any] = []
-    service.loop.call_soon_threadsafe(lambda: results.append(function()))
-    wait_until(lambda: results)
-    return results[0]
 
 
 def ready(client: Client) -> str:

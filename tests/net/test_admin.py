@@ -557,7 +557,7 @@ def test_many_at_once_are_all_served(running: Running) -> None:
 
 
 def test_time_is_limited(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admin_module, "REQUEST_S", 0.2)
+    monkeypatch.setattr(admin_module, "REQUEST_S", 1.0)
     with running.connect() as silent, running.connect() as half, running.connect(4096) as slow:
         half.sendall(REQUEST[:-1])
         slow.sendall(LARGE_REQUEST)

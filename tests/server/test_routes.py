@@ -284,14 +284,14 @@ def test_who_reads_slowly_is_waited_for_and_costs_nothing(
     monkeypatch.setattr(routes_module.Side, "carry", counted)
     size = 40 * MIB
     with routed.device(f"SOURCE {size}") as device:
-        wait_until(is_quiet, "the loop is quiet while nobody reads")
-        assert 0 < routed.report()["sent_bytes"] < size
+        wait_until(lambda: routed.report()["sent_bytes"] and is_quiet(), "it waits for who reads")
+        assert routed.report()["sent_bytes"] < size
         assert device.receive_all() == (size, pattern_sha256(size))
     endpoint.go_on.clear()
     with routed.device(f"SINK {size}") as device:
         sender = threading.Thread(target=device.send_pattern, args=(size,))
         sender.start()
-        wait_until(lambda: is_quiet() and routed.report()["received_bytes"] > 0)
+        wait_until(lambda: routed.report()["received_bytes"] and is_quiet())
         assert sender.is_alive()
         endpoint.go_on.set()
         assert device.receive(64).decode() == pattern_sha256(size)

@@ -12,7 +12,7 @@ import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -29,7 +29,7 @@ from snitun_sync.protocol.token import new_fernet_key
 from snitun_sync.server import Server, arrival
 from snitun_sync.server import registration as registration_module
 from snitun_sync.server import server as server_module
-from tests.services import Raw, Services, is_idle, raw_client
+from tests.services import Raw, Services, is_idle, let_expire, on_loop, raw_client
 from tests.support import (
     HOSTNAME,
     WAIT_S,
@@ -40,6 +40,9 @@ from tests.support import (
     reset,
     wait_until,
 )
+
+if TYPE_CHECKING:
+    from snitun_sync.net.loop import Timer
 
 
 @pytest.fixture
@@ -150,6 +153,7 @@ def test_time_limits(
     monkeypatch.setattr(tunnel_module, "HANDSHAKE_S", 0.1)
     for data in (b"", client_hello()[:50], credentials.token[:50].encode()):
         assert all_of(connect(server, data)) == b""
+    monkeypatch.setattr(arrival, "HANDSHAKE_S", WAIT_S)
     with connect(server, credentials.token.encode()) as sock:  # no answer to the challenge
         assert len(all_of(sock)) == 32
     wait_until(lambda: is_idle(server))
@@ -220,30 +224,39 @@ def test_refused_tokens_are_just_closed_and_logged(
 
 
 def test_the_time_for_a_token_is_never_extended(
-    server: Server, credentials: Credentials, monkeypatch: pytest.MonkeyPatch
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Pieces that might each be the last one of a token come for ever."""
     monkeypatch.setattr(arrival, "HANDSHAKE_S", 1.0)
-    with connect(server, b"gAAA" + b"A" * 72) as sock:
-        begin = time.monotonic()
-        with pytest.raises(OSError):
-            while time.monotonic() < begin + WAIT_S:
-                sock.sendall(b"A" * 64)
-                time.sleep(0.3)
+    with connect(server, b"gAAA" + b"A" * 72) as sock, pytest.raises(OSError):
+        for _ in range(100):  # as many as there is room for
+            sock.sendall(b"A" * 64)
+            time.sleep(0.3)
     wait_until(lambda: not server.arrivals)
+    assert "refused: the token matches none of the Fernet keys" in caplog.text
 
 
 def test_a_token_may_rest_where_it_could_end(
     server: Server, credentials: Credentials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arrival, "PLAUSIBLE_S", 0.5)
+    monkeypatch.setattr(arrival, "HANDSHAKE_S", 3600.0)
     token = credentials.token.encode()
     with connect(server, token[:76]) as sock:
-        time.sleep(0.2)
-        sock.sendall(token[76:100])  # more has come: the short limit is off
-        time.sleep(0.7)
+        [coming] = wait_until(lambda: tuple(server.arrivals))
+
+        def overdue_at() -> float:
+            return due_at(server, coming._timer)
+
+        wait_until(lambda: on_loop(server, overdue_at) < coming._deadline - 1, "the short limit")
+        sock.sendall(token[76:100])
+        wait_until(lambda: on_loop(server, overdue_at) > coming._deadline - 1, "more has come")
         sock.sendall(token[100:])
         assert len(sock.recv(100)) == 32
+
+
+def due_at(server: Server, timer: Timer | None) -> float:
+    """Return when a timer's time comes, by the loop's clock."""
+    return next(when for when, _, found in server.loop._timers if found is timer)
 
 
 def test_an_aes_gcm_key_serves_one_connection(
@@ -391,13 +404,15 @@ def test_a_token_alone_takes_nothing(server: Server, credentials: Credentials) -
 def test_channels_of_the_old_tunnel_live_on_for_a_grace_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registration_module, "TAKEOVER_GRACE_S", 1.0)
+    monkeypatch.setattr(registration_module, "TAKEOVER_GRACE_S", 3600.0)
     with Services(tmp_path) as services, services.device("ECHO") as old:
         old.exchange()
+        (former,) = services.server.registrations
         with raw_client(services.credentials, services.port):
             wait_until(lambda: services.server.takeovers == 1)
             old.exchange()
-            assert old.sock.recv(1) == b""  # the grace time is over
+            let_expire(services.server, former._grace)
+            assert old.sock.recv(1) == b""
 
 
 def test_a_renewed_token_lets_channels_live_on_until_the_former_one_ends(
@@ -556,15 +571,39 @@ def test_first_bytes_wait_for_their_turn(
 # --- expiry ----------------------------------------------------------------------------
 
 
-def test_a_tunnel_ends_when_its_token_expires(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    credentials = Credentials(tmp_path, valid_s=1.5)
+class Clock:
+    """In place of the module `time`: a clock that can be put forward."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def time(self) -> float:
+        return time.time() + self.ahead_s
+
+
+@pytest.fixture
+def wall_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The relay's clock, by which tokens expire."""
+    clock = Clock()
+    for module in (registration_module, server_module):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def test_a_tunnel_ends_when_its_token_expires(tmp_path: Path, wall_clock: Clock) -> None:
+    valid_s = registration_module.EXPIRY_CHECK_S / 2
+    credentials = Credentials(tmp_path, valid_s=valid_s)
     with Server([credentials.fernet_key], ["127.0.0.1:0"]) as server:
         with raw_client(credentials, server.ports[0]) as raw:
             wait_until(lambda: names_of(server))
+            (client,) = server.registrations
+            # It is looked at then, and whenever the clock may have been put forward.
+            assert due_at(server, client._expiry) <= server.loop.now + valid_s
+            let_expire(server, client._expiry)
+            assert names_of(server)
+            wall_clock.ahead_s = valid_s
+            let_expire(server, client._expiry)
             assert goaway(raw)[1].startswith(frame.EXPIRED)
-            assert time.time() >= credentials.payload.valid
             raw.wait_for_end()
         wait_until(lambda: not names_of(server))
         # Its name is forgotten as well.
@@ -572,20 +611,20 @@ def test_a_tunnel_ends_when_its_token_expires(
 
 
 def test_a_token_that_expires_during_the_handshake_takes_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, wall_clock: Clock
 ) -> None:
     good = Credentials(tmp_path)
     with Server([good.fernet_key], ["127.0.0.1:0"]) as server:
         with raw_client(good, server.ports[0]):
             wait_until(lambda: names_of(server))
             route = server.routes[HOSTNAME]
-            short = Credentials(tmp_path, fernet_key=good.fernet_key, valid_s=1.0)
+            short = Credentials(tmp_path, fernet_key=good.fernet_key, valid_s=300)
             with Raw(connect(server), short, is_relay=False) as late:
                 aes = load()
                 shake = ClientHandshake(late.cipher, aes, short.token)
                 late.sock.sendall(shake.first())
                 answer = shake.receive(late.sock.recv(100))
-                time.sleep(max(0.0, short.payload.valid - time.time()) + 0.1)
+                wall_clock.ahead_s = 300
                 late.sock.sendall(answer)
                 late.wait_for_end()
             assert server.routes == {HOSTNAME: route}
