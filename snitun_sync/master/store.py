@@ -19,7 +19,7 @@ from contextlib import closing, contextmanager
 from ..errors import StoreError, UsageError
 from ..protocol.cipher import CIPHERS
 from ..protocol.device import new_id, new_secret, secret_bytes
-from ..protocol.names import is_hostname, normal_hostname, shown
+from ..protocol.names import is_dns_name, no_dns_name, normal_hostname, shown
 from ..protocol.revocations import Revocations
 from ..protocol.token import MAX_TEXT
 from .tokens import Device, token_length
@@ -560,6 +560,6 @@ def _checked(hostname: str, aliases: Sequence[str]) -> list[str]:
     """Return the names in normal form, each once. Raises UsageError."""
     names = list(dict.fromkeys(map(normal_hostname, (hostname, *aliases))))
     for name in names:
-        if not is_hostname(name):
-            raise UsageError(f"{shown(name)} is not a DNS name")
+        if not is_dns_name(name):
+            raise UsageError(no_dns_name(name))
     return names

@@ -29,15 +29,25 @@ def is_hostname(text: str) -> bool:
     )
 
 
+def is_dns_name(text: str) -> bool:
+    """Tell whether devices can ask for `text`, in normal form: no IP address (RFC 6066 §3)."""
+    return is_hostname(text) and not text.rpartition(".")[2].isdigit()
+
+
+def no_dns_name(text: str) -> str:
+    """Return what is wrong where `is_dns_name` isn't so, for a message."""
+    expected = "labels of up to 63 characters, a-z, 0-9, - and _ (others as xn--…)"
+    return f"{shown(text)} is not a DNS name; expected {expected}"
+
+
 def dns_name(text: str, name: str) -> str:
-    """Return a name that devices ask for, in normal form; an IP address is none (RFC 6066 §3).
+    """Return a name that devices ask for, in normal form.
 
     `name` is where it comes from, for the error, as `parse_address` has it.
     """
     found = normal_hostname(text)
-    if not is_hostname(found) or found.rpartition(".")[2].isdigit():
-        expected = "labels of up to 63 characters, a-z, 0-9, - and _ (others as xn--…)"
-        raise wrong_setting(name, f"{shown(text)} is not a DNS name; expected {expected}")
+    if not is_dns_name(found):
+        raise wrong_setting(name, no_dns_name(text))
     return found
 
 

@@ -121,6 +121,7 @@ def test_the_life_of_a_device(database: str) -> None:
     [
         (["device", "add", "two words"], 64, "'two words' is not a DNS name"),
         (["device", "add", "a.test", "--alias", "*"], 64, "'*' is not a DNS name"),
+        (["device", "add", "192.0.2.1"], 64, "'192.0.2.1' is not a DNS name; expected labels of"),
         (["device", "add", "HOME.example.com."], 64, "home.example.com is a name of device "),
         (["device", "add", "a.test", "--throttling=-1"], 64, "--throttling: -1; expected 0 to"),
         (["device", "add", "a.test", "--cipher=rot13"], 64, "--cipher: invalid choice: 'rot13'"),

@@ -23,7 +23,7 @@ from snitun_sync.master import store as store_module
 from snitun_sync.master.store import LEAD_S, SLACK_S, Store
 from snitun_sync.master.tokens import Device, seal_token, token_length
 from snitun_sync.protocol.aes import load
-from snitun_sync.protocol.names import is_hostname, normal_hostname
+from snitun_sync.protocol.names import is_dns_name, normal_hostname
 from snitun_sync.protocol.token import MAX_TEXT, Fernet, Payload, created, new_fernet_key
 from tests.support import PROJECT, Program, in_threads, wait_until
 
@@ -110,7 +110,7 @@ def emptied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 
 @given(text=st.text(max_size=70) | st.from_regex(r"[A-Za-z0-9_.-]{1,70}", fullmatch=True))
 def test_whatever_is_no_dns_name_is_refused(emptied: Store, text: str) -> None:
-    if is_hostname(normal_hostname(text)):
+    if is_dns_name(normal_hostname(text)):
         device = emptied.add(text)[0]
         try:
             assert emptied.find(text.upper()).id == emptied.find(device.id).id == device.id
