@@ -5,11 +5,17 @@ Uses the standard library alone, so that a fresh machine with Python can begin h
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PROJECT = Path(__file__).resolve().parent.parent
 VENV = PROJECT / ".venv"
@@ -36,22 +42,23 @@ def ensure(venv: Path, *requirements: Path, python: str = sys.executable) -> Pat
     a second time.
     """
     interpreter = venv / "bin" / "python"
-    if not _works(interpreter):
-        shutil.rmtree(venv, ignore_errors=True)
-        print(f"making {venv.name} …", file=sys.stderr, flush=True)
-        made = subprocess.run([python, "-m", "venv", str(venv)], check=False)
-        if made.returncode:
-            sys.exit(f"can't make {venv}; on Debian and Ubuntu: apt install python3-venv")
-    for path in requirements:
-        stamp = venv / f".installed-{path.parent.name}-{path.name}"
-        wanted = path.read_text("utf-8")
-        if stamp.exists() and stamp.read_text("utf-8") == wanted:
-            continue
-        print(f"installing {path.relative_to(PROJECT)} …", file=sys.stderr, flush=True)
-        command = [str(interpreter), "-m", "pip", "install", "-q", "-r", str(path)]
-        if subprocess.run([*command, "--disable-pip-version-check"], check=False).returncode:
-            sys.exit(f"pip can't install {path}; is there a network?")
-        stamp.write_text(wanted, "utf-8")
+    with _alone(venv):
+        if not _works(interpreter):
+            shutil.rmtree(venv, ignore_errors=True)
+            print(f"making {venv.name} …", file=sys.stderr, flush=True)
+            made = subprocess.run([python, "-m", "venv", str(venv)], check=False)
+            if made.returncode:
+                sys.exit(f"can't make {venv}; on Debian and Ubuntu: apt install python3-venv")
+        for path in requirements:
+            stamp = venv / f".installed-{path.parent.name}-{path.name}"
+            wanted = path.read_text("utf-8")
+            if stamp.exists() and stamp.read_text("utf-8") == wanted:
+                continue
+            print(f"installing {path.relative_to(PROJECT)} …", file=sys.stderr, flush=True)
+            command = [str(interpreter), "-m", "pip", "install", "-q", "-r", str(path)]
+            if subprocess.run([*command, "--disable-pip-version-check"], check=False).returncode:
+                sys.exit(f"pip can't install {path}; is there a network?")
+            stamp.write_text(wanted, "utf-8")
     return interpreter
 
 
@@ -83,15 +90,25 @@ def python_with_snitun(folder: Path, release: str, *versions: str) -> str | None
     venv = folder / f"snitun-{release}"
     python = str(venv / "bin" / "python")
     check = [python, "-c", "import snitun"]
-    if not os.path.exists(python) or subprocess.run(check, check=False).returncode:
-        base = next(filter(None, map(find_python, versions)), None)
-        if base is None:
-            return None
-        print(f"installing snitun {release} …", file=sys.stderr, flush=True)
-        install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-        subprocess.run([base, "-m", "venv", "--clear", str(venv)], check=True)
-        subprocess.run([*install, f"snitun=={release}"], check=True)
+    with _alone(venv):
+        if not os.path.exists(python) or subprocess.run(check, check=False).returncode:
+            base = next(filter(None, map(find_python, versions)), None)
+            if base is None:
+                return None
+            print(f"installing snitun {release} …", file=sys.stderr, flush=True)
+            install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+            subprocess.run([base, "-m", "venv", "--clear", str(venv)], check=True)
+            subprocess.run([*install, f"snitun=={release}"], check=True)
     return python
+
+
+@contextlib.contextmanager
+def _alone(venv: Path) -> Iterator[None]:
+    """Let no other process make this environment meanwhile: wait until it is done."""
+    venv.parent.mkdir(parents=True, exist_ok=True)
+    with open(venv.with_name(f"{venv.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _works(interpreter: Path) -> bool:
