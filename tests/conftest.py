@@ -17,7 +17,7 @@ from tests.support import Credentials, Endpoint
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the project's own options."""
-    parser.addoption("--long", action="store_true", help="stalls of a minute, takeovers for five")
+    parser.addoption("--long", action="store_true", help="stalls of a minute")
     parser.addoption("--crypto", choices=BACKENDS, help="the crypto package for all programs")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import socket
 import threading
 import time
@@ -16,7 +15,6 @@ from tests.support import (
     Credentials,
     Device,
     Endpoint,
-    Program,
     client,
     client_hello,
     download,
@@ -153,11 +151,11 @@ def test_stalled_devices_cost_little_and_get_everything(
         assert max(growth) < 8 * 1024
 
 
-def test_version_0_a_stall_of_5_s_completes(tmp_path: Path, endpoint: Endpoint) -> None:
+def test_version_0_a_short_stall_completes(tmp_path: Path, endpoint: Endpoint) -> None:
     credentials, size = Credentials(tmp_path, version=0), 300_000_000
     with tunnel(credentials, endpoint) as (server, _, port):
         devices = stalled_downloads(port, 8, size)
-        time.sleep(5)
+        time.sleep(2)  # of the 8 s that they would have
         assert all(finish(devices, size))
         assert "WARNING" not in server.output
 
@@ -169,6 +167,7 @@ def test_version_0_a_long_stall_aborts_what_stalls_and_nothing_else(
     with tunnel(credentials, endpoint) as (server, peer, port), Exchanges(port) as other:
         devices = stalled_downloads(port, 8, size)
         time.sleep(stall_s)
+        server.wait_for("aborted: it held")
         count = other.count
         wait_until(lambda: other.count > count + 10)
         whole = finish(devices, size)
@@ -249,37 +248,6 @@ def test_2000_connections_leave_no_channel_and_no_timer(tmp_path: Path) -> None:
 
 
 # --- restarts ------------------------------------------------------------------------------------
-
-
-def cpu_s(program: Program) -> float:
-    fields = Path(f"/proc/{program.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / 100
-
-
-@pytest.mark.timeout(600)
-def test_two_clients_with_one_ticket_get_rarer(
-    credentials: Credentials, endpoint: Endpoint, request: pytest.FixtureRequest
-) -> None:
-    span_s, spans = (60, 5) if request.config.getoption("--long") else (12, 3)
-    server, port = relay(credentials)
-    credentials.at(f"127.0.0.1:{port}")
-    spread = ("--reconnect-spread", "1s")  # from there on, delays double
-    with server, client(credentials, endpoint.address, *spread) as one:
-        with client(credentials, endpoint.address, *spread) as two:
-            programs, counts = (server, one, two), []
-            used = [cpu_s(program) for program in programs]
-            for _ in range(spans):
-                before = server.output.count(": another connection, from")
-                time.sleep(span_s)
-                # Each takeover has a line of its own and another at the old tunnel's end.
-                counts.append((server.output.count(": another connection, from") - before) / 2)
-            used = [cpu_s(program) - start for program, start in zip(programs, used)]
-            print(f"takeovers in each {span_s} s: {counts}; CPU s of relay and clients: {used}")
-            assert counts[-1] < counts[0]
-            assert sum(used) < 0.01 * span_s * spans
-            said = r"another connection, from 127\.0\.0\.1:\d+, took over; next attempt in"
-            for peer in (one, two):
-                assert re.search(said, peer.output)
 
 
 def test_a_relay_that_is_gone_for_a_while(credentials: Credentials, endpoint: Endpoint) -> None:

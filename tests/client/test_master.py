@@ -39,7 +39,7 @@ from snitun_sync.protocol.token import new_fernet_key
 from snitun_sync.server import Server
 from tests.masters import Masters
 from tests.net.test_fetch import children
-from tests.services import ConnectProxy, refusing_port
+from tests.services import ConnectProxy, on_loop, refusing_port
 from tests.stub_master import AUTHORITY, Reply, StubMaster
 from tests.support import (
     HOSTNAME,
@@ -652,17 +652,19 @@ def test_the_network_comes_back_while_a_request_hangs(
 
 def test_a_life_ends_by_the_loop_s_clock(site: Site, quick: None) -> None:
     """Whatever the machine's own says: the token's time counts from when it came."""
-    site.master.life_s, site.master.age_s = 1.0, -86400.0 * 365
+    site.master.age_s = -86400.0 * 365
     with site.client(reconnect_spread_s=0.1) as client:
-        assert client.master is not None
-        client.loop.call_soon_threadsafe(master_of(client)._schedule, 0.0)
+        master = master_of(client)
 
-        # The loop sees the time when it has something to do.
-        def is_over() -> bool:
-            client.loop.call_soon_threadsafe(int)
-            return not master_of(client).is_usable
+        def let_it_end() -> float:
+            left_s = master._ends_at - client.loop.now
+            master._schedule(0.0)
+            master._ends_at = client.loop.now
+            return left_s
 
-        wait_until(is_over)
+        assert master.is_usable
+        assert 0 < on_loop(client, let_it_end) <= site.master.life_s
+        assert not master.is_usable
         assert client.state is ClientState.UP  # the relay decides
         (tunnel,) = site.server.tunnels
         site.server.loop.call_soon_threadsafe(tunnel.finish, RevokedError("no"))

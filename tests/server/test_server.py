@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from snitun_sync.client import Client
+from snitun_sync.client import client as client_module
 from snitun_sync.errors import ConfigurationError, ListenError, UsageError
 from snitun_sync.net import listening
 from snitun_sync.net import tunnel as tunnel_module
@@ -511,18 +512,22 @@ def test_takeover_goes_name_by_name(tmp_path: Path) -> None:
 
 
 def test_two_clients_with_one_ticket_back_off(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def told() -> list[str]:
-        records = tuple(caplog.records)
-        return [r.message for r in records if "took over; next attempt" in r.message]
+    """They take the name from each other in turns, and ever more rarely."""
+    monkeypatch.setattr(client_module, "fraction", lambda: 1.0)  # nothing is drawn
+    options = {"reconnect_spread_s": 1.0}
+    said = r"another connection, from 127\.0\.0\.1:\d+, took over; next attempt in (\S+) s"
 
-    with caplog.at_level(logging.INFO), Services(tmp_path) as services:
-        with Client(services.credentials.ticket, services.endpoint.address) as other:
-            wait_until(lambda: len(told()) >= 3, timeout_s=60)
-            assert services.server.takeovers >= 3
-            assert services.client.attempts + other.attempts >= 4
-    assert all("another connection, from 127.0.0.1:" in message for message in told())
+    def delays() -> list[str]:
+        return re.findall(said, "\n".join(record.message for record in tuple(caplog.records)))
+
+    with caplog.at_level(logging.INFO), Services(tmp_path, client_options=options) as services:
+        with Client(services.credentials.ticket, services.endpoint.address, **options) as other:
+            wait_until(lambda: len(delays()) >= 5)
+            assert services.client.attempts + other.attempts >= 6
+            assert services.server.takeovers >= 5
+    assert delays()[:5] == ["1.0", "1.0", "2.0", "2.0", "4.0"]
 
 
 # --- what strangers may cost ---------------------------------------------------------------
