@@ -18,7 +18,7 @@ from functools import partial
 from ..errors import MasterError, RevokedError, SniTunError, TokenError
 from ..net.figures import counter, gauge, utc_text
 from ..net.https import blocking_request
-from ..net.sockets import reason
+from ..net.sockets import reason, reset_on_close
 from ..net.state import blocking_save
 from ..net.workers import Workers
 from ..protocol.revocations import MAX_TEXT, Revocations
@@ -137,8 +137,10 @@ class Follower:
             self._timer.cancel()
         self._workers.close()
         if self._sock is not None:
+            # A reset, so that a route of this very relay doesn't wait for the answer.
+            reset_on_close(self._sock)
             try:
-                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+                socket.socket.shutdown(self._sock, socket.SHUT_RD)
             except OSError:
                 pass  # it has ended
 
