@@ -243,24 +243,16 @@ class Server(Service):
         self._stop_if_done()
 
     def _begin_stop(self) -> None:
-        self._close_listeners()
         self._close_parts()
         for tunnel in tuple(self.tunnels):
             tunnel.finish(LostError("the relay is stopping"), STOPPING)
 
-    def _close_listeners(self) -> None:
-        for listener in self._listeners:
-            listener.close()
-        for arrival in tuple(self.arrivals):
-            arrival.close()
-
     def _close_parts(self) -> None:
-        for part in (self.follower, self.fixed_routes):
+        for part in (*self._listeners, *self.arrivals, self.follower, self.fixed_routes):
             if part is not None:
                 part.close()
 
     def _close(self) -> None:
-        self._close_listeners()
         self._close_parts()
         super()._close()
 
