@@ -1,8 +1,9 @@
-"""Imports run one way: protocol <- net <- client, server; master needs protocol only."""
+"""Imports run one way: protocol <- net <- client, server, master; and what they bring along."""
 
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -148,8 +149,9 @@ def test_what_an_import_brings_into_memory(module: str, absent: set[str]) -> Non
 
 def test_firmware_may_take_a_part(tmp_path: Path) -> None:
     """The client runs without relay and session master, as README says."""
-    names = ("__init__", "errors", "logs", "options", "program", "status_command", "tls")
-    for name in (*(f"{name}.py" for name in names), "protocol", "net", "client"):
+    readme = (PROJECT / "README.md").read_text("utf-8")
+    [text] = re.findall(r"A client needs only (.+?) of it\.", readme, re.DOTALL)
+    for name in re.findall(r"`(\S+?)/?`", text):
         source, target = PACKAGE / name, tmp_path / "snitun_sync" / name
         if source.is_dir():
             shutil.copytree(source, target)

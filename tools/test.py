@@ -1,6 +1,6 @@
 """All tests and checks, in environments of their own.
 
-    python3 tools/test.py               everything; some minutes
+    python3 tools/test.py               everything; some ten minutes
     python3 tools/test.py --quick       the package itself, with the Python of .venv alone
     python3 tools/test.py -- -k mux     the same, and what follows -- goes to pytest
 
