@@ -377,8 +377,8 @@ class Client(Serving):
                 tunnel.end(DeadLinkError("this machine's address of the tunnel is gone"))
             else:
                 tunnel.probe()
-        if self._serving is not None or self._is_draining:
-            return
+        if self._serving is not None or self.state is ClientState.STOPPING:
+            return  # which the loss may have led to
         # What failed, or hangs, may go now; who is about to prove itself has some time for it.
         hangs_s = FIRST_S if self._is_dialing else PROBE_S
         if self._retry_timer is None:

@@ -132,6 +132,7 @@ class Tunnel(Handler):
 
     __slots__ = (
         "_answer_s",
+        "_asked_again_at",
         "_asked_at",
         "_check_at",
         "_fresh",
@@ -220,7 +221,8 @@ class Tunnel(Handler):
         self.started_at = self.received_at = self._sent_at = loop.now
         self._ping_id = b""
         self._asked_at: float | None = None  # when the PING was sent whose pong is awaited
-        self._answer_s = ANSWER_S  # how soon any byte must follow it
+        self._asked_again_at = 0.0  # when the latest was sent, that one or another behind it
+        self._answer_s = ANSWER_S  # how soon any byte must follow the latest
         self._check_at = 0.0
         self._goaway: SniTunError | None = None
         self._goaway_at = 0.0
@@ -550,7 +552,7 @@ class Tunnel(Handler):
             self._suspension = None
             # The peer was not silent, we did not listen: its time starts anew.
             if self._asked_at is not None:
-                self._asked_at = self.loop.now
+                self._asked_at = self._asked_again_at = self.loop.now
             self.received_at = self.loop.now
             self._update()
 
@@ -560,11 +562,11 @@ class Tunnel(Handler):
         """Something has changed: end soon if the other side doesn't answer a PING."""
         if self.state is TunnelState.UP and not self.is_relay and self._suspension is None:
             now, asked_at = self.loop.now, self._asked_at
-            if asked_at is None or self.received_at > asked_at:
+            if asked_at is None or self.received_at > self._asked_again_at:
                 self._ping()
                 self._answer_s = PROBE_S
             else:  # it owes an answer already: another question gives it no more time
-                self._answer_s = min(self._answer_s, now + PROBE_S - asked_at)
+                self._answer_s = min(self._answer_s, now + PROBE_S - self._asked_again_at)
             if self._timer is not None:
                 self._timer.cancel()
             self._check()
@@ -579,8 +581,10 @@ class Tunnel(Handler):
             self._check()
 
     def _ping(self, extra: bytes = EXTRA_PING) -> None:
-        self._ping_id = self.mux.ping(extra)
-        self._asked_at = self.loop.now
+        ping_id = self.mux.ping(extra)
+        if self._asked_at is None:  # else it is the first one's pong that is awaited
+            self._ping_id, self._asked_at = ping_id, self.loop.now
+        self._asked_again_at = self.loop.now
         self._answer_s = ANSWER_S
 
     @property
@@ -603,7 +607,7 @@ class Tunnel(Handler):
             # This process or machine slept: whatever has come meanwhile is read first.
             self._check_at = 0.0
             if asked_at is not None:
-                self._asked_at = now
+                self._asked_at = self._asked_again_at = now
             elif not self.is_relay:
                 self._ping()
                 self._answer_s = PROBE_S
@@ -613,8 +617,9 @@ class Tunnel(Handler):
             left_s = self._alive_at + SILENCE_S - now
             is_overdue = left_s <= 0.001
         elif asked_at is not None:
-            answer_s = self._answer_s if self.received_at <= asked_at else ANSWER_S
-            left_s = min(max(self._alive_at, asked_at) + answer_s, asked_at + PONG_S) - now
+            again_at = self._asked_again_at
+            answer_s = self._answer_s if self.received_at <= again_at else ANSWER_S
+            left_s = min(max(self._alive_at, again_at) + answer_s, asked_at + PONG_S) - now
             is_overdue = left_s <= 0.001
         else:
             left_s = min(self.received_at, self._sent_at) + self.keepalive_s - now

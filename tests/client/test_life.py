@@ -21,8 +21,11 @@ from snitun_sync.client.retry import REFUSALS, Retry
 from snitun_sync.client.settings import Settings
 from snitun_sync.client.status import clock_doubt
 from snitun_sync.errors import DeadLinkError, LinkError, RefusedError, UsageError
+from snitun_sync.net import bridge as bridge_module
 from snitun_sync.net import tunnel as tunnel_module
+from snitun_sync.net.bridge import BridgeState
 from snitun_sync.net.dialing import blocking_dial
+from snitun_sync.net.tuning import PONG_S
 from snitun_sync.protocol import frame
 from tests.services import Raw, RawRelay, Services, on_loop, receive_exactly, refusing_port
 from tests.support import (
@@ -353,6 +356,26 @@ def test_nothing_is_opened_any_more_as_it_stops(
     assert "defect" not in caplog.text
 
 
+def test_once_is_once_though_the_network_changes_and_an_endpoint_holds_up_the_end(
+    relay: RawRelay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge_module, "DRAIN_S", 0.3)
+    for name in ("FIRST_S", "PROBE_S"):
+        monkeypatch.setattr(client_module, name, 0.0)
+    monkeypatch.setattr(client_module, "local_address_is_gone", lambda _: True)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with Client(relay.credentials.ticket, address, once=True) as client, relay.tunnel() as raw:
+            raw.new(b"c" * 16)
+            with listener.accept()[0]:
+                raw.send(frame.CLOSE, b"c" * 16)
+                wait_until(lambda: [b.state for b in client.bridges.all] == [BridgeState.ENDING])
+                client.loop.call_soon_threadsafe(client._network_changed)
+                with pytest.raises(LinkError, match="address of the tunnel is gone"):
+                    client.wait(10)
+            assert client.attempts == 1
+
+
 def test_channels_of_a_former_tunnel_have_their_grace_too(
     tmp_path: Path, endpoint: Endpoint
 ) -> None:
@@ -506,6 +529,25 @@ def test_changes_again_and_again_give_a_dead_link_no_more_time(
 
         wait_until(is_over)
         assert "answered no PING for" in client.history.endings[0].reason
+
+
+def test_changes_give_a_pong_no_more_time(relay: RawRelay, endpoint: Endpoint) -> None:
+    """Not even while other bytes come, as behind a garbled header."""
+    with Client(relay.credentials.ticket, endpoint.address) as client, relay.tunnel():
+        assert client.wait_until_up(10)
+        tunnel = client.tunnel
+        assert tunnel is not None
+
+        def change(asked_s: float) -> bool:
+            now = tunnel.loop.now
+            tunnel._asked_at = tunnel._asked_again_at = now - asked_s
+            tunnel.received_at = now - 1
+            client._network_changed()
+            return client.tunnel is tunnel
+
+        assert on_loop(client, lambda: change(PONG_S - 9))
+        assert not on_loop(client, lambda: change(PONG_S + 9))
+    assert "answered no PING for 99 s" in client.history.endings[0].reason
 
 
 def test_an_address_that_is_gone_ends_the_tunnel_at_once(
