@@ -53,8 +53,9 @@ class Listener(Handler):
 
     def finish(self) -> None:
         """Accept whoever waits already, and listen no longer."""
-        while self.sock is not None and self._accept():
-            pass
+        for _ in range(0, BACKLOG, self._at_once):  # and not all who come meanwhile
+            if self.sock is None or not self._accept():
+                break
         self.close()
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from snitun_sync.net import listening
 from snitun_sync.net.listening import PAUSE_S, Listener, listen
 from snitun_sync.net.loop import READ, Loop
 from snitun_sync.protocol.names import Address
@@ -64,6 +65,24 @@ def test_who_waits_at_the_end_comes_in(by_two: Accepting) -> None:
     assert by_two.listener.sock is None
     by_two.listener.finish()
     by_two.listener.listen()  # as a timer would that came too late
+
+
+def test_who_comes_again_and_again_doesnt_hold_up_the_end(
+    by_two: Accepting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As fast as they are accepted: at most as many come in as can have waited at first."""
+    monkeypatch.setattr(listening, "BACKLOG", 20)
+    place, accept = by_two.listener.sock.getsockname(), by_two.listener._accepted  # type: ignore[union-attr]
+
+    def accept_and_come(sock: socket.socket, source: tuple[str, int]) -> None:
+        accept(sock, source)
+        assert len(by_two.accepted) <= 20
+        by_two.waiting.append(socket.create_connection(place))
+
+    by_two.listener._accepted = accept_and_come
+    by_two.listener.listen()
+    by_two.listener.finish()
+    assert len(by_two.accepted) == 20
 
 
 def test_it_says_once_a_minute_that_it_can_t(
