@@ -27,6 +27,7 @@ from snitun_sync.errors import (
     ConfigurationError,
     DeadLinkError,
     DeniedError,
+    LostError,
     RevokedError,
     UnreadableError,
     UsageError,
@@ -213,17 +214,16 @@ def test_a_renewal_takes_over_once_it_is_proven(site: Site, cipher: str) -> None
             assert not site.state.exists()
 
 
-def test_each_connection_has_a_ticket_of_its_own_with_aes_gcm(
-    site: Site, quick: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_connection_has_a_ticket_of_its_own_with_aes_gcm(site: Site, quick: None) -> None:
     site.master.cipher = "aes-gcm"
     with site.client() as client:
-        for count in (2, 3):
+        for count, error in ((2, LostError("no")), (3, RevokedError("no"))):
             for tunnel in tuple(site.server.tunnels):
-                site.server.loop.call_soon_threadsafe(tunnel.finish, RevokedError("no"))
+                site.server.loop.call_soon_threadsafe(tunnel.finish, error)
             wait_until(lambda count=count: client.proven == count)  # type: ignore[misc]
             site.exchange()
         assert len({request["aes_key"] for request in site.master.requests}) == 3
+        assert client.attempts == 3  # none of them with a key that had its connection
         assert not client._spent_keys
 
 

@@ -168,6 +168,13 @@ def test_what_revoke_rotate_and_remove_do(caller: Caller) -> None:
     assert caller.token(f"Bearer {caller.bob.id}.{caller.bobs}")[0] == 200
 
 
+def test_what_is_revoked_stays_so_for_as_long_as_its_tokens_live(caller: Caller) -> None:
+    app = caller.make(token_ttl_s=20 * 86400)
+    valid = caller.token(app=app)[2]["valid"]
+    caller.store.revoke(caller.alice.id)
+    assert caller.store.revocations(time.time()).entries[caller.alice.id][1] > valid
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -443,6 +443,11 @@ def test_a_master_that_is_away(
         wait_until(lambda: figures(server)["failure"])
         assert "Connection refused" in figures(server)["failure"]
         assert "until one comes from" in caplog.text
+        follower = server.follower
+        assert follower is not None
+        since, failed_each_s = follower.away_since, follower._pause_s
+        wait_until(lambda: follower._pause_s > failed_each_s)  # it has failed again
+        assert follower.away_since == since
         with connected(known, server) as raw:
             master.revoke(known.device_id)
             with master:
