@@ -41,12 +41,12 @@ from ..protocol.frame import (
     EXPIRED,
     EXTRA_PING,
     EXTRA_PING_GOAWAY,
-    IPV4_MAPPED,
     REVOKED,
     STOPPING,
     TAKEN_OVER,
 )
 from ..protocol.mux import Mux
+from ..protocol.names import IPV4_MAPPED
 from .bridge import Bridge
 from .loop import READ, WRITE, Handler
 from .sockets import host_text, limit_unacknowledged, limit_unsent, path_rate, unpack_ip

@@ -39,7 +39,6 @@ MAX_NEW_PAYLOAD = 256  # published relays send 16 or 32
 
 _ADDRESS_SIZES = {ord("4"): 4, ord("6"): 16}
 UNKNOWN_ADDRESS = bytes(4)
-IPV4_MAPPED = bytes(10) + b"\xff\xff"
 
 
 def pack_address(address: bytes) -> bytes:

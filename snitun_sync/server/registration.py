@@ -25,8 +25,9 @@ from ..net.bridge import Bridge
 from ..net.sockets import host_text, pack_ip
 from ..net.tuning import ANSWER_S
 from ..net.tunnel import Tunnel
-from ..protocol.frame import EXPIRED, IPV4_MAPPED, REVOKED, TAKEN_OVER
+from ..protocol.frame import EXPIRED, REVOKED, TAKEN_OVER
 from ..protocol.handshake import RelayHandshake
+from ..protocol.names import IPV4_MAPPED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -36,6 +36,7 @@ from snitun_sync.net.tuning import PROVING_FRAMES
 from snitun_sync.net.tunnel import TunnelState
 from snitun_sync.protocol import frame
 from snitun_sync.protocol.cipher import CIPHERS
+from snitun_sync.protocol.names import IPV4_MAPPED
 from tests.services import (
     Raw,
     RawRelay,
@@ -318,7 +319,7 @@ def test_the_relay_s_last_word_is_the_reason(
 ) -> None:
     with running(relay, endpoint.address, once=True) as client:
         with relay.tunnel() as raw:
-            raw.send(frame.GOAWAY, frame.IPV4_MAPPED + bytes([192, 0, 2, 9]), extra)
+            raw.send(frame.GOAWAY, IPV4_MAPPED + bytes([192, 0, 2, 9]), extra)
         error = ended(client)
     assert isinstance(error, LostError)
     assert said in str(error)
@@ -372,7 +373,7 @@ def test_a_last_word_that_is_none_is_forgotten(
     monkeypatch.setattr(tunnel_module, "GOAWAY_S", 0.1)
     with running(relay, endpoint.address, once=True) as client:
         with relay.tunnel() as raw:
-            raw.send(frame.GOAWAY, frame.IPV4_MAPPED + bytes([192, 0, 2, 9]), frame.TAKEN_OVER)
+            raw.send(frame.GOAWAY, IPV4_MAPPED + bytes([192, 0, 2, 9]), frame.TAKEN_OVER)
             time.sleep(0.3)
         error = ended(client)
     assert "the relay closed the connection" in str(error)

@@ -26,6 +26,7 @@ from snitun_sync.protocol import frame
 from snitun_sync.protocol.aes import load
 from snitun_sync.protocol.handshake import ClientHandshake
 from snitun_sync.protocol.hello import ALERT_INTERNAL_ERROR, ALERT_UNRECOGNIZED_NAME
+from snitun_sync.protocol.names import IPV4_MAPPED
 from snitun_sync.protocol.token import new_fernet_key
 from snitun_sync.server import Server, arrival
 from snitun_sync.server import registration as registration_module
@@ -381,7 +382,7 @@ def test_a_newer_tunnel_takes_the_name_and_says_so(
         with raw_client(credentials, server.ports[0]) as second:
             address, extra = goaway(first)
             port = second.sock.getsockname()[1]
-            assert address == frame.IPV4_MAPPED + bytes([127, 0, 0, 1])
+            assert address == IPV4_MAPPED + bytes([127, 0, 0, 1])
             assert extra[:6] == frame.TAKEN_OVER + port.to_bytes(2, "big")
             first.wait_for_end()
             with connect(server, client_hello() + b"x"):
