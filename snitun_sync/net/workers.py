@@ -11,8 +11,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 
-from ..errors import MisuseError
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,11 +45,11 @@ class Workers:
         """Run `blocking()` on a thread, then `done(result, error)` on the loop's thread.
 
         One of the two is None. Return False, and do nothing, where all places are taken,
-        or where no thread can be had.
+        where no thread can be had, or after the end, in which callbacks may still ask.
         """
         with self._changed:
             if self._is_closed:
-                raise MisuseError("the workers are closed")
+                return False
             queued = len(self._jobs) - self._free  # beyond what free threads are about to take
             has_thread = queued < 0 or (self._threads < self._most and self._start())
             if not has_thread and (queued >= self._waiting or not self._threads):
