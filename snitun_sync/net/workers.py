@@ -83,6 +83,8 @@ class Workers:
                 result = job[0]()
             except Exception as error:
                 failure = error
+            except BaseException as error:  # a panic of Rust: it would take the place along
+                failure = RuntimeError(repr(error))
             # Under one lock: who is told that this job is done finds the thread free.
             with self._changed:
                 if not self._is_closed:

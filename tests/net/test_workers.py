@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -83,6 +84,16 @@ def test_where_no_thread_can_be_had(workers: Workers, monkeypatch: pytest.Monkey
     monkeypatch.setattr(threading.Thread, "start", start)
     assert not workers.submit(lambda: 1, lambda result, error: None)
     assert workers._threads == 0
+
+
+def test_whatever_a_job_raises_its_thread_is_free_again(loop: Loop) -> None:
+    workers, errors = Workers(loop, threads=1), []
+    for code in (1, 2):
+        job = partial(sys.exit, code)
+        assert workers.submit(job, lambda _, error: errors.append(repr(error)))
+        wait_until(lambda code=code: len(errors) == code)  # type: ignore[misc]
+    assert errors == ["RuntimeError('SystemExit(1)')", "RuntimeError('SystemExit(2)')"]
+    workers.close()
 
 
 def test_a_result_that_comes_too_late_is_closed(workers: Workers) -> None:
