@@ -168,6 +168,16 @@ def test_what_revoke_rotate_and_remove_do(caller: Caller) -> None:
     assert caller.token(f"Bearer {caller.bob.id}.{caller.bobs}")[0] == 200
 
 
+def test_a_clock_that_went_back_leaves_new_tokens_their_life(caller: Caller) -> None:
+    """They are dated behind what was revoked by the other time."""
+    ahead = time.time() + 86400
+    caller.store._clock = lambda: ahead
+    secret = caller.store.rotate(caller.alice.id)
+    answer = caller.token(f"Bearer {caller.alice.id}.{secret}")[2]
+    assert created(answer["token"].encode()) > ahead
+    assert answer["valid"] == created(answer["token"].encode()) + 600
+
+
 def test_what_is_revoked_stays_so_for_as_long_as_its_tokens_live(caller: Caller) -> None:
     app = caller.make(token_ttl_s=20 * 86400)
     valid = caller.token(app=app)[2]["valid"]

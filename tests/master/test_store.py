@@ -601,6 +601,13 @@ for number in count():
 """
 
 
+def test_a_change_waits_for_the_disk(store: Store) -> None:
+    """No test can pull the plug: SQLite syncs with each change then, as it says."""
+    with store._change() as (database, _):
+        full = 2
+        assert database.execute("PRAGMA synchronous").fetchone() == (full,)
+
+
 def test_killed_at_any_moment_it_has_all_that_was_printed(path: str) -> None:
     printed: list[str] = []
     for number in range(8):

@@ -347,6 +347,16 @@ def test_polls_wait_and_say_what_is_known(master: Master) -> None:
         assert master.asked[1]["if-none-match"] == '"1-' + master.key[:4] + '"'
 
 
+def test_after_news_it_is_asked_again_at_once(
+    master: Master, known: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(revocations_module, "LEAST_PAUSE_S", 3600.0)
+    with following(master):
+        for count in (2, 3):
+            wait_until(lambda count=count: len(master.asked) == count)  # type: ignore[misc]
+            master.revoke(known.device_id)
+
+
 def test_a_url_with_a_path_is_taken_as_it_is(master: Master) -> None:
     with following(master, url=f"{master.url}/other/list"):
         assert master.targets == {"/other/list?wait=30"}
