@@ -160,7 +160,7 @@ class Connection(Handler):
             return
         size, source, _ = header
         self.source = unpack_ip(source) if source else self.peer
-        self._master.comes_from(self, self.source)
+        self.network = network(self.source)
         rest = bytes(self._received[size:])
         self._received.clear()
         self._secure()

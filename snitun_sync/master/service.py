@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from functools import partial
 from ipaddress import ip_address, ip_network
 
@@ -19,7 +20,6 @@ from ..net.tuning import LEAST_BUDGET_BYTES
 from ..net.workers import Workers
 from ..protocol.names import parse_address, shown
 from .connection import HEAD_BYTES, Connection
-from .limits import network
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -70,7 +70,6 @@ class Master(Service):
         self.port = 0
         """What is listened on once it is open."""
         self.connections: dict[Connection, None] = {}  # the oldest first
-        self._counts: dict[str, int] = {}  # of them, by the network that they come from
         self.workers = Workers(self.loop, APP_THREADS, waiting=APP_WAITING, idle_s=IDLE_S)
         self.handshakers = Workers(self.loop, HANDSHAKE_THREADS, waiting=CONNECTIONS, idle_s=IDLE_S)
         self.buffer = memoryview(bytearray(HEAD_BYTES))
@@ -142,7 +141,6 @@ class Master(Service):
     def connection_closed(self, connection: Connection) -> None:
         """A connection has ended."""
         del self.connections[connection]
-        self._count(connection.network, -1)
         self._stop_if_done()
 
     def expects_header(self, address: str) -> bool:
@@ -153,32 +151,21 @@ class Master(Service):
         return any(ip in network for network in self._proxies)
 
     def take_in(self, connection: Connection) -> bool:
-        """Count a connection, for which another one may have to go; return whether it may stay."""
+        """Keep a connection, for which another one may have to go; return whether it may stay."""
         if len(self.connections) >= CONNECTIONS:
+            counts = Counter(one.network for one in self.connections)
             idle = (one for one in self.connections if one.can_give_way)
-            if self._counts.get(connection.network, 0) > MANY:
+            if counts[connection.network] > MANY:
                 idle = (one for one in idle if one.network == connection.network)
                 leaving = next(idle, None)
             else:
-                many = (one for one in self.connections if self._counts[one.network] > MANY)
+                many = (one for one in self.connections if counts[one.network] > MANY)
                 leaving = next(many, None) or next(idle, None)
             if leaving is None:
                 return False
             leaving.end("others need its place")
         self.connections[connection] = None
-        self._count(connection.network, 1)
         return True
-
-    def comes_from(self, connection: Connection, address: str) -> None:
-        """A connection has told the address that it comes from."""
-        self._count(connection.network, -1)
-        connection.network = network(address)
-        self._count(connection.network, 1)
-
-    def _count(self, network: str, change: int) -> None:
-        self._counts[network] = self._counts.get(network, 0) + change
-        if not self._counts[network]:
-            del self._counts[network]
 
     # --- files that change -----------------------------------------------------------
 
