@@ -440,7 +440,6 @@ class Master:
             self._client.loop.call_later(FIRST_S, self._keep_now)
 
     def _has_kept(self, _: None, error: Exception | None) -> None:
-        self._is_keeping = False
         if error is not None and not self._has_complained:
             folder = self.settings.state_dir
             log.warning("--state-dir: the ticket can't be kept in %s: %s", folder, reason(error))
